@@ -1,0 +1,9 @@
+"""Fused GPU kernels for diffusion U-Nets: each in Triton and CUDA C++, with a plain PyTorch reference."""
+
+from cnkernels.attention import attention
+from cnkernels.dispatch import backend
+from cnkernels.geglu import geglu
+from cnkernels.group_norm_silu import group_norm_silu
+from cnkernels.zero_conv_add import zero_conv_add
+
+__all__ = ["attention", "backend", "geglu", "group_norm_silu", "zero_conv_add"]

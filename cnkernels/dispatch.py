@@ -1,0 +1,134 @@
+"""Which backend serves a call: capability as data, one rule, and a way to force a choice."""
+
+import importlib
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from cnkernels import extension, variables
+
+OPS = ("attention", "group_norm_silu", "zero_conv_add", "geglu")
+BACKENDS = ("triton", "cuda", "reference")  # the order in which `auto` tries them where nothing measured says otherwise
+
+_MODULES = {"reference": "reference", "triton": "triton_kernels", "cuda": "cuda_kernels"}
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What one backend of one op serves. `head_dims` is for attention alone; None is no limit."""
+
+    dtypes: Collection[torch.dtype]
+    compute_capability: tuple[int, int] = (0, 0)  # the least that a GPU must have
+    head_dims: Collection[int] | None = None
+
+
+_ALL = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_NARROW = frozenset({torch.float16, torch.bfloat16, torch.float32})
+_HALF = frozenset({torch.float16, torch.bfloat16})
+
+CAPABILITIES = {
+    ("attention", "reference"): Capability(_ALL),
+    ("group_norm_silu", "reference"): Capability(_ALL),
+    ("zero_conv_add", "reference"): Capability(_ALL),
+    ("geglu", "reference"): Capability(_ALL),
+}
+
+
+@dataclass
+class _Choice:
+    backend: str
+
+
+def _initial_choice() -> str:
+    name = variables.read("CNKERNELS_BACKEND") or "auto"
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"CNKERNELS_BACKEND must be one of {', '.join(BACKENDS)} or auto, got {name}")
+    return name
+
+
+_choice = _Choice(_initial_choice())
+
+
+def current() -> str:
+    """The backend in force: "auto", or the one that is forced."""
+    return _choice.backend
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Forces one backend for every op called inside the block, or gives the choice back with "auto".
+
+    The choice is process-wide, as torch.backends' flags are: a backward pass runs on autograd's own threads and must
+    see it too.
+
+    Args:
+        name: "reference", "triton", "cuda" or "auto".
+
+    Raises:
+        ValueError: `name` is none of these. A backend that cannot serve a call raises at that call, and says why.
+    """
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"backend: `name` must be one of {', '.join(BACKENDS)} or auto, got {name!r}")
+    before, _choice.backend = _choice.backend, name
+    try:
+        yield
+    finally:
+        _choice.backend = before
+
+
+def _triton_absent(device: torch.device) -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed"
+    if device.type == "cpu" and not triton.knobs.runtime.interpret:
+        return "Triton runs on CPU tensors only through its interpreter (TRITON_INTERPRET=1)"
+    return None
+
+
+def _cuda_absent(device: torch.device) -> str | None:
+    return extension.why_absent() if device.type == "cuda" else extension.why_host_absent()
+
+
+def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
+    """Why `backend` cannot serve such a call, in words; None when it can."""
+    capability = CAPABILITIES.get((op, backend))
+    if capability is None:
+        return f"{op} has no {backend} backend"
+    if dtype not in capability.dtypes:
+        return f"the {backend} backend of {op} does not serve {dtype}"
+    if head_dim is not None and capability.head_dims is not None and head_dim not in capability.head_dims:
+        return f"the {backend} backend of {op} does not serve head dimension {head_dim}"
+    if backend == "reference":
+        return None
+    if device.type not in ("cpu", "cuda"):
+        return f"the {backend} backend of {op} does not serve device {device.type}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < capability.compute_capability:
+        return f"the {backend} backend of {op} needs compute capability {capability.compute_capability} or later"
+    return _triton_absent(device) if backend == "triton" else _cuda_absent(device)
+
+
+def select(op: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
+    """The name of the backend that serves such a call.
+
+    Forced: that one, or a ValueError that says why it cannot. "auto": on a CPU the reference;
+    elsewhere the first of `BACKENDS` that can.
+    """
+    forced = current()
+    if forced != "auto":
+        reason = why_not(op, forced, device, dtype, head_dim)
+        if reason:
+            raise ValueError(f"{op}: backend {forced!r} is forced, but {reason}")
+        return forced
+    if device.type == "cpu":
+        return "reference"
+    return next(name for name in BACKENDS if why_not(op, name, device, dtype, head_dim) is None)
+
+
+def implementation(op: str, x: torch.Tensor, head_dim: int | None = None) -> ModuleType:
+    """The module of kernels that serves a call of `op` on `x`: it has `<op>_fwd` and `<op>_bwd`."""
+    name = select(op, x.device, x.dtype, head_dim)
+    return importlib.import_module(f"cnkernels.{op}.{_MODULES[name]}")

@@ -1,0 +1,63 @@
+"""The report `python -m cnkernels.env`: what is installed, what each op would use here, and why."""
+
+import platform
+from importlib import metadata
+
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "omegaconf", "webdataset", "diffusers", "transformers")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return ["gpu          none (torch.cuda.is_available() is False)"]
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        lines.append(
+            f"gpu {index}        {properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{properties.multi_processor_count} multiprocessors, {properties.total_memory / 2**30:.0f} GiB"
+        )
+    return lines
+
+
+def _choices() -> list[str]:
+    import torch
+
+    from cnkernels import dispatch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lines = []
+    for op in dispatch.OPS:
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            chosen = dispatch.select(op, device, dtype)
+            lines.append(f"{op:<16} {str(dtype):<15} {device.type:<5} -> {chosen}")
+            for backend in dispatch.BACKENDS:
+                reason = dispatch.why_not(op, backend, device, dtype)
+                if backend != chosen and reason:
+                    lines.append(f"{'':<18}not {backend}: {reason}")
+    return lines
+
+
+def report() -> str:
+    """The text that `python -m cnkernels.env` prints; made to be pasted into a bug report."""
+    from cnkernels import dispatch, extension, variables
+
+    lines = [f"python       {platform.python_version()} on {platform.platform()}"]
+    lines += [f"{package:<12} {_version(package)}" for package in PACKAGES]
+    lines += _devices()
+    lines.append(f"extension    {extension.status()}")
+    lines += [f"{name}={variables.read(name) or ''}  # {meaning}" for name, meaning in variables.VARIABLES.items()]
+    lines.append(f"backend      {dispatch.current()} (in force)")
+    return "\n".join(lines + _choices())
+
+
+if __name__ == "__main__":
+    print(report())

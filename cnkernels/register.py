@@ -1,0 +1,85 @@
+"""What the ops' registrations share: defining a torch.library op, checking tensors, packing the gradients asked for."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from cnkernels.errors import expect
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def op(
+    name: str,
+    schema: str,
+    forward: Callable,
+    fake: Callable,
+    *,
+    setup_context: Callable | None = None,
+    autograd: Callable | None = None,
+    differentiable: bool = True,
+) -> None:
+    """Registers torch.ops.cnkernels.<name>.
+
+    Without `autograd`, differentiating through it is an error that says so; `differentiable=False` is for an op that
+    only writes into an argument, where torch.library takes no derivative.
+    """
+    qualified = f"cnkernels::{name}"
+    torch.library.define(qualified, schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    torch.library.impl(qualified, "default", forward)
+    torch.library.register_fake(qualified, fake)
+    if differentiable:
+        torch.library.register_autograd(qualified, autograd or _no_derivative(name), setup_context=setup_context)
+
+
+def _no_derivative(name: str) -> Callable:
+    def refuse(ctx, *gradients):
+        raise RuntimeError(f"{name}: has no derivative (a backward pass of cnkernels cannot itself be differentiated)")
+
+    return refuse
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and accumulators: float32, and float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def expect_floating(name: str, argument: str, tensor: Tensor) -> None:
+    expect(tensor.dtype in FLOATING, name, argument, "float32, float16, bfloat16 or float64", tensor.dtype)
+
+
+def expect_parameter(name: str, argument: str, tensor: Tensor | None, shape: Sequence[int], x: Tensor) -> None:
+    """A parameter of an op on `x`: None, or of that shape, on x's device, of x's dtype or its wide one."""
+    if tensor is None:
+        return
+    expect(
+        tuple(tensor.shape) == tuple(shape), name, argument, f"of shape {list(shape)}", f"shape {list(tensor.shape)}"
+    )
+    expect(tensor.device == x.device, name, argument, f"on the device of `x`, {x.device}", tensor.device)
+    allowed = {x.dtype, wide_dtype(x.dtype)}
+    expect(tensor.dtype in allowed, name, argument, f"of dtype {' or '.join(sorted(map(str, allowed)))}", tensor.dtype)
+
+
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def needed(values: Sequence[Tensor | None], need: Sequence[bool]) -> list[Tensor]:
+    """Those of `values` that `need` asks for: what a backward op returns, which has no place for None."""
+    return [value for value, wanted in zip(values, need, strict=True) if wanted]
+
+
+def spread(gradients: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor | None]:
+    """The inverse of `needed`: None where nothing was asked for."""
+    remaining = iter(gradients)
+    return [next(remaining) if wanted else None for wanted in need]
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype where autocast is on for their device, as for a matrix product."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

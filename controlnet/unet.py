@@ -1,0 +1,238 @@
+"""The U-Net of latent diffusion, cut where a ControlNet attaches: `encode` to the middle block, `decode` from there."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cnkernels.nn import GroupNormSiLU
+from controlnet.architecture import GROUPS, Architecture, UNetArchitecture
+from controlnet.layers import (
+    AttentionBlock,
+    Downsample,
+    ResBlock,
+    SpatialTransformer,
+    TimestepEmbedding,
+    TimestepSequential,
+    Upsample,
+    conv3x3,
+    zeroed,
+)
+
+
+def check_shape(name: str, tensor: Tensor | None, *expected: int | str) -> None:
+    """Raise ValueError unless the tensor has the expected sizes; a size given by a letter may be any."""
+    if tensor is None:
+        raise ValueError(f"{name} is None; expected a tensor [{', '.join(map(str, expected))}]")
+    sizes = zip(tensor.shape, expected, strict=False)
+    if tensor.dim() != len(expected) or any(want != got for got, want in sizes if not isinstance(want, str)):
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; expected [{', '.join(map(str, expected))}]")
+
+
+def res_block(arch: Architecture, channels: int, out_channels: int, **resample: bool) -> ResBlock:
+    return ResBlock(
+        channels,
+        out_channels,
+        arch.embedding_channels,
+        dropout=arch.dropout,
+        use_scale_shift_norm=arch.use_scale_shift_norm,
+        use_checkpoint=arch.use_checkpoint,
+        **resample,
+    )
+
+
+def attention(arch: Architecture, level: int | None, *, decoder: bool = False) -> nn.Module:
+    """The attention of a level, or of the middle block (level None)."""
+    channels = arch.channels(arch.levels - 1 if level is None else level)
+    heads = arch.heads(channels, decoder=decoder)
+    options = {"use_flash_attention": arch.use_flash_attention, "use_checkpoint": arch.use_checkpoint}
+    if not arch.use_spatial_transformer:
+        return AttentionBlock(channels, heads, new_order=arch.use_new_attention_order, **options)
+    return SpatialTransformer(
+        channels,
+        heads,
+        arch.transformer_depth,
+        arch.context_dim,
+        use_linear=arch.use_linear_in_transformer,
+        disable_self_attn=arch.reads_context_only(level),
+        **options,
+    )
+
+
+def downsampling(arch: Architecture, channels: int) -> nn.Module:
+    if arch.resblock_updown:
+        return res_block(arch, channels, channels, down=True)
+    return Downsample(channels, arch.conv_resample)
+
+
+def upsampling(arch: Architecture, channels: int) -> nn.Module:
+    if arch.resblock_updown:
+        return res_block(arch, channels, channels, up=True)
+    return Upsample(channels, arch.conv_resample)
+
+
+class Trunk(nn.Module):
+    """What U-Net and ControlNet have in common: timestep embedding, encoder and middle block."""
+
+    def __init__(self, arch: Architecture):
+        super().__init__()
+        self.arch = arch
+        channels = arch.model_channels
+        self.time_embed = TimestepEmbedding(channels, arch.embedding_channels)
+        self.input_blocks = nn.ModuleList([TimestepSequential(conv3x3(arch.in_channels, channels))])
+        self.skip_channels = [channels]  # of the output of each input block
+        for level in range(arch.levels):
+            for block in range(arch.num_res_blocks[level]):
+                layers = [res_block(arch, channels, arch.channels(level))]
+                channels = arch.channels(level)
+                if arch.has_attention(level, block):
+                    layers.append(attention(arch, level))
+                self._add_input_block(channels, *layers)
+            if level < arch.levels - 1:
+                self._add_input_block(channels, downsampling(arch, channels))
+        self.middle_block = TimestepSequential(
+            res_block(arch, channels, channels), attention(arch, None), res_block(arch, channels, channels)
+        )
+
+    def _add_input_block(self, channels: int, *layers: nn.Module) -> None:
+        self.input_blocks.append(TimestepSequential(*layers))
+        self.skip_channels.append(channels)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, to which inputs are cast."""
+        return self.input_blocks[0][0].weight.dtype
+
+    def embed(self, timesteps: Tensor) -> Tensor:
+        """The timestep embedding [N, 4 * model_channels] of timesteps [N], integer or float."""
+        return self.time_embed(timesteps)
+
+    def _trunk(
+        self, x: Tensor, embedding: Tensor, context: Tensor | None, guided_hint: Tensor | None = None
+    ) -> list[Tensor]:
+        """The outputs of all input blocks, then that of the middle block."""
+        first, *blocks = self.input_blocks
+        h = first(x.to(self.dtype), embedding, context)
+        if guided_hint is not None:
+            h = h + guided_hint
+        features = [h]
+        for block in [*blocks, self.middle_block]:
+            h = block(h, embedding, context)
+            features.append(h)
+        return features
+
+    def _check_inputs(self, x: Tensor, timesteps: Tensor, context: Tensor | None) -> None:
+        check_shape("x", x, "N", self.arch.in_channels, "H", "W")
+        check_shape("timesteps", timesteps, x.shape[0])
+        if self.arch.use_spatial_transformer:
+            check_shape("context", context, x.shape[0], "T", self.arch.context_dim)
+
+    def _cast(self, context: Tensor | None) -> Tensor | None:
+        return None if context is None else context.to(self.dtype)
+
+
+class UNet(Trunk):
+    """The noise predictor of latent diffusion.
+
+        h, skips = encode(x, timesteps, context)
+        prediction = decode(h, skips, control, timesteps, context)
+
+    Args:
+        params: the fields of `UNetArchitecture`, by the names of the original implementation.
+
+    Notes:
+        The state_dict has the keys of the original checkpoints, without prefix. The residual blocks' and transformers'
+        last layers and the output convolution start at zero, as in the original.
+        Ho et al., "Denoising Diffusion Probabilistic Models", 2020; Rombach et al., "High-Resolution Image Synthesis
+        with Latent Diffusion Models", 2022.
+    """
+
+    def __init__(self, **params: Any):
+        arch = UNetArchitecture(**params)
+        super().__init__(arch)
+        channels = arch.channels(arch.levels - 1)
+        skip_channels = list(self.skip_channels)
+        self.output_blocks = nn.ModuleList()
+        for level in reversed(range(arch.levels)):
+            for block in range(arch.num_res_blocks[level] + 1):
+                layers = [res_block(arch, channels + skip_channels.pop(), arch.channels(level))]
+                channels = arch.channels(level)
+                if arch.has_attention(level, block):
+                    layers.append(attention(arch, level, decoder=True))
+                if level > 0 and block == arch.num_res_blocks[level]:
+                    layers.append(upsampling(arch, channels))
+                self.output_blocks.append(TimestepSequential(*layers))
+        self.out = nn.Sequential(
+            GroupNormSiLU(GROUPS, channels),
+            nn.Identity(),  # SiLU: in the norm
+            zeroed(conv3x3(channels, arch.out_channels)),
+        )
+
+    def encode(
+        self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, *, embedding: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The encoder and the middle block.
+
+        Args:
+            x: [N, in_channels, H, W], cast to the dtype of the weights.
+            timesteps: [N], integer or float, in the units of training (0 to 999 for Stable Diffusion).
+            context: [N, T, context_dim]; not read without `use_spatial_transformer`.
+            embedding: `embed(timesteps)`, if it has been computed before.
+
+        Returns:
+            h, the middle block's output, and the skips, the output of each input block: 12 for Stable Diffusion.
+        """
+        self._check_inputs(x, timesteps, context)
+        embedding = self.embed(timesteps) if embedding is None else embedding
+        *skips, h = self._trunk(x, embedding, self._cast(context))
+        return h, skips
+
+    def decode(
+        self,
+        h: Tensor,
+        skips: Sequence[Tensor],
+        control: Sequence[Tensor] | None,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        *,
+        only_mid_control: bool = False,
+        embedding: Tensor | None = None,
+    ) -> Tensor:
+        """The decoder, on skips[i] + control[i] and h + control[-1].
+
+        Args:
+            h, skips: of `encode`.
+            control: of `ControlNet.forward`, one tensor for each skip, then one for h; None: no control. Not changed.
+            timesteps, context, embedding: as in `encode`.
+            only_mid_control: add the last of `control` alone.
+
+        Returns:
+            The prediction [N, out_channels, H, W], in the dtype of the model (or of autocast).
+        """
+        if control is not None and len(control) != len(skips) + 1:
+            raise ValueError(f"control has {len(control)} tensors; expected {len(skips) + 1}")
+        embedding = self.embed(timesteps) if embedding is None else embedding
+        context = self._cast(context)
+        if control is not None:
+            h = h + control[-1]
+        for block, i in zip(self.output_blocks, reversed(range(len(skips))), strict=True):
+            skip = skips[i] if control is None or only_mid_control else skips[i] + control[i]
+            size = skips[i - 1].shape[2:]  # what an upsampling at the end of the block must reach
+            h = block(torch.cat([h, skip], dim=1), embedding, context, size)
+        return self.out(h)
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        control: Sequence[Tensor] | None = None,
+        only_mid_control: bool = False,
+    ) -> Tensor:
+        """encode, then decode; the arguments are theirs."""
+        embedding = self.embed(timesteps)
+        h, skips = self.encode(x, timesteps, context, embedding=embedding)
+        return self.decode(
+            h, skips, control, timesteps, context, only_mid_control=only_mid_control, embedding=embedding
+        )

@@ -1,0 +1,136 @@
+"""How an op is compared with PyTorch: every backend, forward and every gradient, against float64 by one rule.
+
+    err(backend) <= 2 * err(PyTorch eager in the same dtype) + one rounding of the output dtype
+
+as the largest and as the root-mean-square error over the tensor, NaN and inf in the same places.
+"""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import cnkernels
+from cnkernels import dispatch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def backends(op: str) -> list:
+    """The backends of `op` as pytest parameters; one that cannot run here is skipped, with the reason."""
+    parameters = []
+    for name in sorted(name for known, name in dispatch.CAPABILITIES if known == op):
+        reason = dispatch.why_not(op, name, DEVICE, torch.float32)
+        parameters.append(pytest.param(name, marks=[pytest.mark.skip(reason=reason)] if reason else []))
+    return parameters
+
+
+def randn(*shape: int, scale: float = 1.0, offset: float = 0.0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, device=DEVICE) * scale + offset
+
+
+def as_is(t: Tensor) -> Tensor:
+    return t
+
+
+def channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+
+def misaligned(t: Tensor, offset: int = 1) -> Tensor:
+    """The same values and strides, `offset` elements into a buffer, so that no 16-byte access is aligned."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    buffer = torch.full((extent + offset + 8,), torch.nan, dtype=t.dtype, device=t.device)
+    return buffer.as_strided(t.shape, t.stride(), offset).copy_(t)
+
+
+def strided(t: Tensor) -> Tensor:
+    """The same values with a gap after each element: neither contiguous nor channels_last."""
+    return torch.stack((t, torch.full_like(t, torch.nan)), dim=-1)[..., 0]
+
+
+def run(function: Callable, inputs: Sequence[Tensor | None], upstream: Tensor | None) -> list[Tensor]:
+    """[output, gradient of each given input], for fresh leaves with the layout of `inputs`."""
+    leaves = [t if t is None else t.detach().requires_grad_(upstream is not None) for t in inputs]
+    output = function(*leaves)
+    given = [leaf for leaf in leaves if leaf is not None]
+    if upstream is None:
+        return [output]
+    return [output, *torch.autograd.grad(output, given, upstream)]
+
+
+def compare(
+    op: Callable,
+    eager: Callable,
+    inputs: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    backend: str,
+    *,
+    arrange: Callable = as_is,
+    arrange_upstream: Callable = as_is,
+    backward: bool = True,
+) -> list[Tensor]:
+    """Checks `op` under `backend` against `eager`, forward and backward, by the rule; returns what `op` computed.
+
+    Args:
+        op, eager: functions of the tensors in `inputs`.
+        inputs: float64 tensors or None; rounded to `dtype` once, so that all three computations see the same values.
+        arrange: lays out an input before the op sees it; arrange_upstream the upstream gradient.
+    """
+    rounded = [t if t is None else t.to(dtype) for t in inputs]
+    exact_inputs = [t if t is None else t.double() for t in rounded]
+    shape = eager(*exact_inputs).shape
+    upstream = randn(*shape).to(dtype) if backward else None
+    exact = run(eager, exact_inputs, upstream if upstream is None else upstream.double())
+    peer = run(eager, rounded, upstream)
+    with cnkernels.backend(backend):
+        arranged = [t if t is None else arrange(t) for t in rounded]
+        actual = run(op, arranged, upstream if upstream is None else arrange_upstream(upstream))
+    names = ["output", *(f"gradient {index}" for index, t in enumerate(inputs) if t is not None)]
+    for name, ours, theirs, truth in zip(names, actual, peer, exact, strict=False):
+        assert_by_rule(name, ours, theirs, truth)
+    return actual
+
+
+def assert_by_rule(name: str, ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
+    assert ours.dtype == theirs.dtype, f"{name}: dtype {ours.dtype}, PyTorch's is {theirs.dtype}"
+    assert ours.shape == exact.shape, f"{name}: shape {list(ours.shape)}, expected {list(exact.shape)}"
+    finite = torch.isfinite(theirs)
+    for kind, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
+        wrong = (test(ours) != test(theirs)).sum().item()
+        assert wrong == 0, f"{name}: {kind} in {wrong} places where PyTorch has none, or the reverse"
+    if not finite.any():
+        return
+    truth = exact[finite]
+    rounding = torch.finfo(ours.dtype).eps / 2
+    our_error, their_error = (ours[finite].double() - truth).abs(), (theirs[finite].double() - truth).abs()
+    for measure, allowed, error in (
+        ("largest", 2 * their_error.max() + rounding * truth.abs().max(), our_error.max()),
+        ("rms", 2 * _rms(their_error) + rounding * _rms(truth), _rms(our_error)),
+    ):
+        assert error <= allowed, (
+            f"{name}: {measure} error {error:.3e}, allowed {allowed:.3e} ({_worst(our_error, finite)})"
+        )
+
+
+def _rms(t: Tensor) -> Tensor:
+    return t.square().mean().sqrt()
+
+
+def _worst(error: Tensor, finite: Tensor) -> str:
+    index = finite.nonzero()[error.argmax()].tolist()
+    return f"worst at {index}, {(error > error.max() / 2).sum().item()} of {error.numel()} within half of it"
+
+
+def assert_repeatable(function: Callable, times: int = 3) -> None:
+    """Bitwise equal results from repeated calls."""
+    first = function()
+    for _ in range(times - 1):
+        for a, b in zip(first, function(), strict=True):
+            assert torch.equal(_bits(a), _bits(b)), "a repeated call gave other bits"
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.contiguous().view(torch.uint8)

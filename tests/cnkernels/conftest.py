@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,3 +24,26 @@ def poisoned_empty():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def bfloat16_products_in_the_interpreter():
+    """Triton 3.7's interpreter holds bfloat16 as its bits and tl.dot multiplies those bits as integers: widen them first."""
+    if "TRITON_INTERPRET" not in os.environ:
+        yield
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle):
+        if handle.data.dtype != np.uint16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            interpreter.InterpreterBuilder,
+            "create_dot",
+            lambda self, a, b, *rest: multiply(self, widened(a), widened(b), *rest),
+        )
+        yield

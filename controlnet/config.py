@@ -16,6 +16,7 @@ from controlnet.config_keys import (
     CHOICES,
     NO_EFFECT,
     ONLY,
+    PARAMETERS,
     PRECISIONS,
     REFUSED_TARGETS,
     SCHEMA,
@@ -56,9 +57,7 @@ def load(path: str | PathLike, overrides: Iterable[str] = ()) -> "DictConfig":
     omegaconf = _omegaconf()
     try:
         document = omegaconf.OmegaConf.load(path)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # the YAML library raises its own family of errors
+    except (omegaconf.errors.OmegaConfBaseException, _yaml_error(), UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a YAML configuration: {error}") from error
     if not isinstance(document, omegaconf.DictConfig):
         raise ConfigError(f"{path} holds a {type(document).__name__}; expected a mapping with a `model` section")
@@ -92,15 +91,17 @@ def compose(document: Mapping[str, Any], overrides: Iterable[str] = ()) -> "Dict
     return merged
 
 
-def precision(value: Any) -> str:
-    """ "fp32", "fp16" or "bf16" for any spelling that Lightning and NeMo know (16, "16-mixed", "bf16", 32, ...)."""
+def precision(value: Any, key: str = "trainer.precision") -> str:
+    """ "fp32", "fp16" or "bf16" for any spelling that Lightning and NeMo know (16, "16-mixed", "bf16", 32, ...).
+
+    `key` names the value in the ConfigError that an unknown spelling raises.
+    """
     for name, spellings in PRECISIONS.items():
         if str(value) in spellings:
             return name
     spellings = [spelling for group in PRECISIONS.values() for spelling in group]
     raise ConfigError(
-        f"trainer.precision is {value!r}; expected one of {', '.join(spellings)}"
-        f" (nearest: {nearest(str(value), spellings)})"
+        f"{key} is {value!r}; expected one of {', '.join(spellings)} (nearest: {nearest(str(value), spellings)})"
     )
 
 
@@ -117,8 +118,7 @@ def instantiate(node: Mapping[str, Any], **extra: Any) -> Any:
         raise ConfigError(f"no _target_ among the keys {', '.join(map(str, tree)) or '(none)'}")
     name = tree.pop("_target_")
     arguments = {**TARGET_DEFAULTS.get(name, {}), **tree, **extra}
-    target = import_target(name)
-    known = inspect.signature(target).parameters
+    known = target_arguments(name)
     silent = _without_effect(canonical_target(name))
     arguments = {key: value for key, value in arguments.items() if key in known or key not in silent}
     for key in arguments:
@@ -126,7 +126,7 @@ def instantiate(node: Mapping[str, Any], **extra: Any) -> Any:
             raise ConfigError(
                 f"{canonical_target(name)} takes no argument {key!r}; the nearest is {nearest(key, known)}"
             )
-    return target(**arguments)
+    return import_target(name)(**arguments)
 
 
 def canonical_target(name: str) -> str:
@@ -143,8 +143,18 @@ def canonical_target(name: str) -> str:
 
 def import_target(name: str) -> Callable[..., Any]:
     """The class or function that a `_target_` names."""
-    module, _, attribute = canonical_target(name).rpartition(".")
+    return _imported(canonical_target(name))
+
+
+def _imported(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.rpartition(".")
     return getattr(importlib.import_module(module), attribute)
+
+
+def target_arguments(name: str) -> list[str]:
+    """The arguments that a target takes."""
+    name = canonical_target(name)
+    return list(inspect.signature(_imported(PARAMETERS.get(name, name))).parameters)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -161,6 +171,12 @@ def _omegaconf() -> Any:
             "OmegaConf is not installed; it reads the YAML configurations: pip install 'omegaconf>=2.3'"
         ) from error
     return omegaconf
+
+
+def _yaml_error() -> type[Exception]:
+    import yaml  # comes with OmegaConf
+
+    return yaml.YAMLError
 
 
 def _plain(node: Any) -> Any:
@@ -193,6 +209,8 @@ def _canonical_tree(node: Any, path: str = "") -> Any:
     if "target" in node:
         node["_target_"] = node.pop("target")
     parameters = node.pop("params", None) or {}
+    if not isinstance(parameters, dict):
+        raise ConfigError(f"{_join(path, 'params')} is {parameters!r}; expected a mapping")
     for key, value in parameters.items():
         if key in node and node[key] != value:
             raise ConfigError(f"{_join(path, key)} is {node[key]!r} and, under params, {value!r}; give it once")
@@ -208,15 +226,16 @@ def _canonical_tree(node: Any, path: str = "") -> Any:
 
 
 def _apply_override(given: "DictConfig", override: str) -> None:
-    OmegaConf = _omegaconf().OmegaConf
+    omegaconf = _omegaconf()
+    OmegaConf = omegaconf.OmegaConf
     key, equals, _ = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"override {override!r} is not of the form key.subkey=value")
-    value = OmegaConf.from_dotlist([f"value{override[len(key):]}"])
     path = _canonical_path(key.strip().lstrip("+"))
     try:
-        OmegaConf.update(given, path, value.get("value"), merge=True, force_add=True)
-    except Exception as error:  # OmegaConf's own errors, and TypeError where a parent is no mapping
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value{override[len(key) :]}"]), resolve=False)
+        OmegaConf.update(given, path, _canonical_tree(value["value"]), merge=True, force_add=True)
+    except (omegaconf.errors.OmegaConfBaseException, _yaml_error(), TypeError, ValueError) as error:
         raise ConfigError(f"override {override!r} cannot be applied: {error}") from error
 
 
@@ -321,7 +340,7 @@ def _check_stage(node: "DictConfig", stage: str) -> None:
     node["_target_"] = target
     known = {
         "_target_",
-        *inspect.signature(import_target(target)).parameters,
+        *target_arguments(target),
         *STAGE_NO_EFFECT[stage],
         *WEIGHT_KEYS.get(stage, ()),
     }

@@ -152,15 +152,20 @@ SCHEMA: dict[str, Any] = {
             "augmentations": {
                 "resize_smallest_side": Maybe(int),
                 "center_crop_h_w": None,
-                "horizontal_flip": False,
+                "random_crop_h_w": None,
+                "horizontal_flip": None,
             },
             "filterings": None,
             "data_sharding": True,
+            "extensions": {"image": "jpg", "caption": "txt", "hint": "png"},
+            "ignored_extensions": [],
+            "max_bad_fraction": 0.05,
         },
         "webdataset": {
             "infinite_sampler": False,
             "local_root_path": Maybe(str),
-            "chunk_size": 1000,
+            "chunk_size": Maybe(int),
+            "shuffle_buffer": Maybe(int),
             "use_webdataset": True,
             "verbose": False,
         },
@@ -201,6 +206,7 @@ ONLY: dict[str, tuple[Any, str]] = {
     "model.original_elbo_weight": (0.0, "the loss is the plain mean squared error"),
     "model.l_simple_weight": (1.0, "the loss is the plain mean squared error"),
     "model.loss_type": ("l2", "the loss is the plain mean squared error"),
+    "model.ignore_keys": ([], "weights are loaded whole; a missing tensor is an error"),
     "data.synthetic_data": (False, "training reads shards; `make quickstart` makes some"),
     "data.webdataset.use_webdataset": (True, "shards are the one data format"),
 }
@@ -252,8 +258,6 @@ STAGE_NO_EFFECT: dict[str, dict[str, str]] = {
         "timesteps": "timestep embeddings are computed, not tabulated",
         "offload_to_cpu": "activation checkpoints stay on their device",
         "use_te_dpa": "Transformer Engine is not used",
-        "use_te_fp8": "Transformer Engine is not used",
-        "lora_network_alpha": "there is no LoRA training",
         "spatial_transformer_attn_type": "attention is softmax attention",
         "use_fairscale_checkpoint": "use_checkpoint decides",
     },
@@ -282,6 +286,12 @@ STAGE_TARGETS: dict[str, tuple[str, ...]] = {
     "control_stage_config": ("controlnet.controlnet.ControlNet",),
     "first_stage_config": ("controlnet.conditioning.AutoencoderKL", "controlnet.conditioning.SpaceToDepth"),
     "cond_stage_config": ("controlnet.conditioning.CLIPTextEncoder", "controlnet.conditioning.WordEmbedder"),
+}
+
+# Classes that take their arguments as the fields of another.
+PARAMETERS: dict[str, str] = {
+    "controlnet.unet.UNet": "controlnet.architecture.UNetArchitecture",
+    "controlnet.controlnet.ControlNet": "controlnet.architecture.ControlNetArchitecture",
 }
 
 _NEMO = "nemo.collections.multimodal.models."

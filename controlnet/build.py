@@ -1,0 +1,132 @@
+"""Makes the model and its conditioning from the `model` section of a configuration, pretrained weights included."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from controlnet import checkpoints
+from controlnet.architecture import Architecture
+from controlnet.conditioning import Conditioning
+from controlnet.config import ConfigError, instantiate
+from controlnet.config_keys import WEIGHT_KEYS
+from controlnet.controlnet import ControlNet
+from controlnet.diffusion import ControlledUNet
+from controlnet.unet import UNet
+
+logger = logging.getLogger(__name__)
+
+# Fields in which a ControlNet may differ from the U-Net that it is the copy of: they change how, not what, it computes.
+_FREE = {"use_checkpoint", "use_flash_attention", "dropout", "legacy", "num_heads_upsample"}
+
+
+def build_model(config: Mapping[str, Any], *, weights: bool = True) -> ControlledUNet:
+    """The locked U-Net with its ControlNet, weights loaded.
+
+    Arguments:
+        config: the `model` section that `config.load` returns.
+        weights: False builds without reading any file (on the meta device, or before a resume).
+    The U-Net's weights are those of unet_config.from_pretrained, the ControlNet's those of
+    control_stage_config.from_pretrained (a trained one) or .from_pretrained_unet (encoder and middle block of a U-Net);
+    without either it is a copy of the U-Net built here. What `ckpt_path` holds replaces them.
+    Returns the model in float32, in channels_last if the configuration says so; `requires_grad` follows sd_locked.
+    Raises ConfigError when U-Net and ControlNet do not fit together; CheckpointError, FileNotFoundError.
+    """
+    unet = instantiate(_without_weights(config, "unet_config"))
+    control = instantiate(_without_weights(config, "control_stage_config"))
+    _check_copy(unet.arch, control.arch)
+    if weights:
+        _load_weights(unet, control, config)
+    model = ControlledUNet(unet, control, sd_locked=config["sd_locked"], only_mid_control=config["only_mid_control"])
+    return model.to(memory_format=torch.channels_last) if config["channels_last"] else model
+
+
+def build_conditioning(config: Mapping[str, Any], *, weights: bool = True) -> Conditioning:
+    """First stage and condition stage, frozen, each in the precision of its `precision` key (float32 by default).
+
+    Arguments: as `build_model`. `first_stage_model.*` and `cond_stage_model.*` of `ckpt_path` replace what the stages'
+    own `from_pretrained` give, unless load_vae or load_encoder is false.
+    Raises ConfigError when a stage does not fit the U-Net or has no weights; CheckpointError, FileNotFoundError.
+    """
+    stages = {}
+    path = config["ckpt_path"] if weights and not config["load_only_unet"] else None
+    parts = checkpoints.parts(path) if path else ()
+    for part, flag in (("first_stage", "load_vae"), ("cond_stage", "load_encoder")):
+        key = f"{part}_config"
+        node = dict(_node(config, key))
+        if not weights:
+            node.pop("from_pretrained", None)
+        stage = stages[part] = instantiate(node)
+        if part in parts and config[flag] and hasattr(stage, "load"):
+            stage.load(checkpoints.part_tensors(path, part), path)
+        elif weights and node["_target_"].endswith("AutoencoderKL") and not node.get("from_pretrained"):
+            raise ConfigError(f"model.{key}.from_pretrained is not given; expected the file or folder of its weights")
+    conditioning = Conditioning(stages["first_stage"], stages["cond_stage"], config["scale_factor"])
+    _check_stages(conditioning, config)
+    return conditioning
+
+
+def _node(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    if config[key] is None:
+        raise ConfigError(f"model.{key} is not given; expected a mapping with a _target_")
+    return config[key]
+
+
+def _without_weights(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in _node(config, key).items() if name not in WEIGHT_KEYS[key]}
+
+
+def _load_weights(unet: UNet, control: ControlNet, config: Mapping[str, Any]) -> None:
+    ours, theirs = config["unet_config"], config["control_stage_config"]
+    path = config["ckpt_path"]
+    parts = checkpoints.parts(path) if path else ()
+    if path and not {"unet", "control"} & set(parts):
+        raise ConfigError(f"model.ckpt_path {path} holds {', '.join(parts)}; expected a U-Net or a ControlNet")
+
+    if ours.get("from_pretrained"):
+        checkpoints.load_unet(unet, ours["from_pretrained"], ours.get("from_NeMo"))
+    if "unet" in parts and config["load_unet"]:
+        checkpoints.load_unet(unet, path)
+    elif not ours.get("from_pretrained"):
+        logger.warning("neither model.unet_config.from_pretrained nor model.ckpt_path gives the U-Net weights: random")
+
+    if "control" in parts and not config["load_only_unet"]:
+        checkpoints.load_control(control, path, source="control")
+    elif theirs.get("from_pretrained"):
+        checkpoints.load_control(control, theirs["from_pretrained"], theirs.get("from_NeMo"))
+    elif theirs.get("from_pretrained_unet"):
+        checkpoints.load_control(control, theirs["from_pretrained_unet"], theirs.get("from_NeMo"), source="unet")
+    else:
+        control.copy_from(unet)
+
+
+def _check_copy(unet: Architecture, control: Architecture) -> None:
+    for field in fields(Architecture):
+        ours, theirs = getattr(unet, field.name), getattr(control, field.name)
+        if field.type is not Any and field.name not in _FREE and ours != theirs:
+            raise ConfigError(
+                f"model.control_stage_config.{field.name} is {theirs!r}; expected {ours!r}, as model.unet_config has it"
+            )
+
+
+def _check_stages(conditioning: Conditioning, config: Mapping[str, Any]) -> None:
+    unet, control = config["unet_config"], config["control_stage_config"]
+    if conditioning.latent_channels != unet["in_channels"]:
+        raise ConfigError(
+            f"model.unet_config.in_channels is {unet['in_channels']}; expected {conditioning.latent_channels}, the"
+            " channels of the first stage's latents"
+        )
+    context_dim = unet.get("context_dim")
+    if isinstance(context_dim, int) and conditioning.context_dim != context_dim:
+        raise ConfigError(
+            f"model.unet_config.context_dim is {context_dim}; expected {conditioning.context_dim}, the features of the"
+            " condition stage's context"
+        )
+    hint_factor = 2 ** (len(control.get("hint_block_channels", (16, 32, 96, 256))) - 1)
+    if conditioning.factor != hint_factor:
+        raise ConfigError(
+            f"model.control_stage_config.hint_block_channels shrinks the hint {hint_factor} times; expected"
+            f" {conditioning.factor} times, as the first stage does the image"
+        )

@@ -1,0 +1,123 @@
+"""Recognises the layout of a checkpoint by its keys, and sorts them into parts under the original's names.
+
+The original's names are those of latent-diffusion: `model.diffusion_model.*` (U-Net), `control_model.*` (ControlNet),
+`first_stage_model.*` (VAE) and `cond_stage_model.*` (text encoder); within U-Net and ControlNet `input_blocks.1.0...`.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from controlnet.checkpoints import nemo
+from controlnet.checkpoints.files import CheckpointError
+
+PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "control": "control_model.",
+    "first_stage": "first_stage_model.",
+    "cond_stage": "cond_stage_model.",
+}
+# How the names of a part begin in a file that holds this part alone.
+_BARE = {
+    "unet": ("time_embed.", "input_blocks.", "middle_block.", "output_blocks.", "out.", "label_emb."),
+    "control": ("zero_convs.", "input_hint_block.", "middle_block_out."),
+    "first_stage": ("encoder.", "decoder.", "quant_conv.", "post_quant_conv."),
+    "cond_stage": ("transformer.", "text_model."),
+}
+_DIFFUSERS_MARKS = ("down_blocks.", "mid_block.", "up_blocks.")
+_DIFFUSERS_BARE = (*_DIFFUSERS_MARKS, "conv_in.", "conv_norm_out.", "conv_out.", "time_embedding.")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds.
+
+    Attributes:
+        layout: "original", "nemo" or "diffusers".
+        parts: for each of "unet", "control", "first_stage", "cond_stage" that is there: name within the part -> the
+            file's own key. Names of U-Net and ControlNet are the original's, but diffusers' in a diffusers file, whose
+            renaming depends on the architecture.
+        tensors: the file's tensors under its own keys.
+    """
+
+    layout: str
+    parts: Mapping[str, Mapping[str, str]]
+    tensors: Mapping[str, Tensor]
+
+    def summary(self) -> str:
+        """ "unet 686, first_stage 248": the parts with their number of tensors."""
+        return ", ".join(f"{part} {len(names)}" for part, names in self.parts.items()) or "nothing known"
+
+
+def sort(tensors: Mapping[str, Tensor]) -> Contents:
+    """Sorts a checkpoint's tensors into parts; raises CheckpointError for an unknown layout or a mixture of two."""
+    parts: dict[str, dict[str, str]] = {}
+    diffusers, others, renamed = [], [], False
+    for key in tensors:
+        part, name = _place(key)
+        if part is None:
+            continue
+        if _is_diffusers(name):
+            diffusers.append((part, key))
+        elif part in ("unet", "control"):
+            others.append(key)
+            original = nemo.to_original(name)
+            renamed |= original != name or key.startswith(("model.model.", "model.control_model."))
+            name = original
+        parts.setdefault(part, {})[name] = key
+    foreign = [key for part, key in diffusers if part in ("unet", "control")]
+    if foreign and others:
+        raise CheckpointError(
+            f"two layouts in one file: {foreign[0]} is a name of diffusers, {others[0]} one of the original"
+        )
+    if not parts:
+        raise CheckpointError(f"no known layout; the file's names begin {', '.join(sorted(tensors)[:4])}")
+    _merge_bare_control(parts)
+    layout = "nemo" if renamed else "diffusers" if diffusers and not others else "original"
+    return Contents(layout, parts, tensors)
+
+
+def _place(key: str) -> tuple[str | None, str]:
+    """The part that a key belongs to (None: none of ours, as EMA copies and schedules) and its name there."""
+    name = ".".join(piece for piece in key.split(".") if piece != "_orig_mod")  # torch.compile's wrapper
+    name = name.removeprefix("module.")  # DistributedDataParallel's wrapper
+    for candidate in (name.removeprefix("model."), name):
+        for part, prefix in PREFIXES.items():
+            if candidate.startswith(prefix):
+                return part, candidate.removeprefix(prefix)
+    if name.startswith("diffusion_model."):
+        return "unet", name.removeprefix("diffusion_model.")
+    if name.startswith(
+        ("controlnet_", *_DIFFUSERS_MARKS, "conv_in.", "conv_norm_out.", "conv_out.", "time_embedding.")
+    ):
+        return "control" if name.startswith("controlnet_") else "unet", name
+    for part, beginnings in _BARE.items():
+        if name.startswith(beginnings):
+            return part, name
+    return None, name
+
+
+def _is_diffusers(name: str) -> bool:
+    return any(mark in name for mark in _DIFFUSERS_MARKS) or name.startswith(("controlnet_", *_DIFFUSERS_BARE))
+
+
+def _merge_bare_control(parts: dict[str, dict[str, str]]) -> None:
+    """A ControlNet without prefix has the trunk's names beside its own: what looked like a U-Net is its trunk."""
+    control, trunk = parts.get("control"), parts.get("unet")
+    if not control or not trunk:
+        return
+    if any(name.startswith(("zero_convs.", "controlnet_")) and key == name for name, key in control.items()):
+        bare = {name: key for name, key in trunk.items() if key == name or key.startswith("module.")}
+        control.update(bare)
+        for name in bare:
+            del trunk[name]
+        if not trunk:
+            del parts["unet"]
+
+
+def grouped(names: Iterable[str]) -> str:
+    """ "first_stage_model 248, model_ema 688": names counted by their first component."""
+    counts = Counter(name.partition(".")[0] for name in names)
+    return ", ".join(f"{group} {count}" for group, count in sorted(counts.items()))

@@ -1,0 +1,173 @@
+"""Puts a checkpoint's tensors into a U-Net or a ControlNet, and says what matched, what is new and what was unused."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from controlnet.checkpoints import diffusers, layouts, vae
+from controlnet.checkpoints.files import CheckpointError, read
+from controlnet.config import nearest
+
+logger = logging.getLogger(__name__)
+
+CONTROL_ONLY = ("zero_convs.", "input_hint_block.", "middle_block_out.")
+_LISTED = 8
+
+
+@dataclass(frozen=True)
+class Report:
+    """What loading did.
+
+    Attributes:
+        path: the file.
+        layout: "original", "nemo" or "diffusers".
+        matched: the model's tensors that were loaded.
+        new: the model's tensors that the file does not have, and need not have.
+        unused: the file's tensors that were not loaded, by the file's names.
+    """
+
+    path: str
+    layout: str
+    matched: list[str]
+    new: list[str]
+    unused: list[str]
+
+    def __str__(self) -> str:
+        text = f"{self.path} ({self.layout}): {len(self.matched)} tensors matched, {len(self.new)} new"
+        text += f" ({layouts.grouped(self.new)})" if self.new else ""
+        text += f", {len(self.unused)} unused"
+        return text + (f" ({layouts.grouped(self.unused)})" if self.unused else "")
+
+
+def load_unet(unet: nn.Module, path: str | Path, from_nemo: bool | None = None) -> Report:
+    """Loads a U-Net's weights from a file of any known layout.
+
+    Arguments:
+        unet: `UNet`.
+        path: .safetensors, .ckpt, .pth, .pt, .bin, or a diffusers folder (of the U-Net, or of the pipeline).
+        from_nemo: what the configuration says of the file. The file's own names decide; a contradiction is logged.
+    Raises CheckpointError when a tensor is missing or has another shape, or the file holds no U-Net.
+    """
+    contents = _open(path, "unet", from_nemo)
+    return _load(unet, contents, "unet", path, lambda name: False)
+
+
+def load_control(
+    control: nn.Module, path: str | Path, from_nemo: bool | None = None, *, source: str | None = None
+) -> Report:
+    """Loads a ControlNet's weights, or starts a ControlNet from a U-Net's.
+
+    Arguments:
+        control: `ControlNet`.
+        path, from_nemo: as `load_unet`.
+        source: "control" wants a trained ControlNet; "unet" takes encoder and middle block from a U-Net and leaves zero
+            convolutions and hint encoder as they are; None is "control" where the file has one, else "unet".
+    Raises CheckpointError when a tensor of encoder or middle block is missing or has another shape, when one of a
+        trained ControlNet is missing, or the file holds no such part.
+    """
+    contents = _open(path, source or "control", from_nemo)
+    if source is None:
+        source = "control" if "control" in contents.parts else "unet"
+    return _load(control, contents, source, path, lambda name: source == "unet" and name.startswith(CONTROL_ONLY))
+
+
+def parts(path: str | Path) -> list[str]:
+    """Which of "unet", "control", "first_stage" and "cond_stage" a file holds."""
+    return list(layouts.sort(read(path)).parts)
+
+
+def part_tensors(path: str | Path, part: str) -> dict[str, Tensor]:
+    """The tensors of one part of a file, under the part's own names; the VAE's are diffusers'.
+
+    Arguments:
+        part: "first_stage" or "cond_stage".
+    Raises CheckpointError when the file has no such part.
+    """
+    contents = _open(path, part, None)
+    if part not in contents.parts:
+        raise CheckpointError(f"{path} holds {contents.summary()}; expected a {part}")
+    tensors = {name: contents.tensors[key] for name, key in contents.parts[part].items()}
+    return vae.to_diffusers(tensors) if part == "first_stage" else tensors
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], origin: str, optional: Callable[[str], bool]) -> list[str]:
+    """Copies tensors into a module's parameters and buffers; returns the names of those that had none to take.
+
+    A tensor [C, C, 1, 1] and one [C, C] of the same numbers are taken for each other (1x1 convolution and linear).
+    Raises CheckpointError, listing names and shapes, before anything is changed.
+    """
+    wanted = module.state_dict()
+    missing = [name for name in wanted if name not in tensors]
+    required = [name for name in missing if not optional(name)]
+    if required:
+        unused = [name for name in tensors if name not in wanted]
+        rows = [
+            f"{name} {list(wanted[name].shape)}"
+            + (f" (nearest in the file: {nearest(name, unused)})" if unused else "")
+            for name in required[:_LISTED]
+        ]
+        raise CheckpointError(f"{origin} lacks {len(required)} of {len(wanted)} tensors: {_listing(rows, required)}")
+    wrong = [
+        f"{name} is {list(tensors[name].shape)}, expected {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in tensors and not _same_numbers(tensors[name].shape, tensor.shape)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{origin} has {len(wrong)} tensors of another shape than the model (another width or architecture):"
+            f" {_listing(wrong[:_LISTED], wrong)}"
+        )
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            if name in tensors:
+                tensor.copy_(tensors[name].reshape(tensor.shape))
+    return missing
+
+
+def _listing(rows: list[str], everything: list[str]) -> str:
+    rest = len(everything) - len(rows)
+    return "; ".join(rows) + (f"; and {rest} more" if rest else "")
+
+
+def _same_numbers(found: torch.Size, expected: torch.Size) -> bool:
+    if found == expected:
+        return True
+    shorter, longer = sorted((tuple(found), tuple(expected)), key=len)
+    return len(shorter) == 2 and longer == (*shorter, *(1,) * (len(longer) - 2))
+
+
+def _open(path: str | Path, part: str, from_nemo: bool | None) -> layouts.Contents:
+    path = Path(path)
+    folder = path / {"unet": "unet", "control": "controlnet", "first_stage": "vae"}.get(part, "text_encoder")
+    contents = layouts.sort(read(folder if folder.is_dir() else path))
+    if from_nemo is not None and from_nemo != (contents.layout == "nemo"):
+        logger.info("%s: from_NeMo is %s, but the names in it are %s; read as such", path, from_nemo, contents.layout)
+    return contents
+
+
+def _load(
+    module: nn.Module, contents: layouts.Contents, part: str, path: str | Path, optional: Callable[[str], bool]
+) -> Report:
+    if part not in contents.parts:
+        what = {"unet": "a U-Net", "control": "a ControlNet"}[part]
+        raise CheckpointError(f"{path} holds {contents.summary()}; expected {what}")
+    keys = contents.parts[part]
+    if contents.layout == "diffusers":
+        names = {theirs: ours for ours, theirs in diffusers.module_names(module.arch).items()}
+        keys = {diffusers.rename(name, names) or name: key for name, key in keys.items()}
+    new = fill(module, {name: contents.tensors[key] for name, key in keys.items()}, str(path), optional)
+    wanted = module.state_dict()
+    used = {key for name, key in keys.items() if name in wanted}
+    report = Report(
+        path=str(path),
+        layout=contents.layout,
+        matched=[name for name in wanted if name not in set(new)],
+        new=new,
+        unused=[key for key in contents.tensors if key not in used],
+    )
+    logger.info("%s", report)
+    return report

@@ -1,0 +1,348 @@
+"""The frozen parts around the U-Net: first stage (image <-> latent) and condition stage (captions -> context)."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from controlnet import checkpoints
+from controlnet.config import precision as precision_name
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Conditioning(nn.Module):
+    """First stage and condition stage, frozen: what turns images and captions into what the U-Net is trained on.
+
+        latents = scale_factor * first_stage.encode(images);  context = cond_stage(captions)
+
+    Arguments:
+        first_stage: `AutoencoderKL` or `SpaceToDepth`.
+        cond_stage: `CLIPTextEncoder` or `WordEmbedder`.
+        scale_factor: brings the latents to about unit variance.
+
+    Each stage computes in its own precision, whatever autocast says, and answers in float32. There are no gradients,
+    and `train()` leaves it in evaluation mode.
+    """
+
+    def __init__(self, first_stage: nn.Module, cond_stage: nn.Module, scale_factor: float = 1.0):
+        super().__init__()
+        self.first_stage = first_stage
+        self.cond_stage = cond_stage
+        self.scale_factor = scale_factor
+        self.requires_grad_(False)
+        self.eval()
+
+    @property
+    def factor(self) -> int:
+        """Image size over latent size."""
+        return self.first_stage.factor
+
+    @property
+    def latent_channels(self) -> int:
+        return self.first_stage.latent_channels
+
+    @property
+    def context_dim(self) -> int:
+        return self.cond_stage.context_dim
+
+    @property
+    def device(self) -> torch.device:
+        return next((tensor.device for tensor in self.parameters()), torch.device("cpu"))
+
+    def train(self, mode: bool = True) -> "Conditioning":
+        return super().train(False)
+
+    @torch.no_grad()
+    def latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Scaled latents, float32 [N, latent_channels, H / factor, W / factor].
+
+        Arguments:
+            images: float [N, 3, H, W] in [-1, 1], H and W multiples of `factor`.
+            generator: draws from the VAE's posterior; on any device. Not used by a first stage without one.
+        Raises ValueError for another shape, dtype, or size.
+        """
+        if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(
+                f"images is {images.dtype} {list(images.shape)}; expected floating point [N, 3, H, W] in [-1, 1]"
+            )
+        if images.shape[2] % self.factor or images.shape[3] % self.factor:
+            raise ValueError(
+                f"images is {images.shape[2]}x{images.shape[3]}; expected multiples of the first stage's {self.factor}"
+            )
+        with torch.autocast(images.device.type, enabled=False):
+            return self.first_stage.encode(images, generator).float() * self.scale_factor
+
+    @torch.no_grad()
+    def images(self, latents: Tensor) -> Tensor:
+        """Images, float32 [N, 3, H, W] clamped to [-1, 1], of scaled latents [N, latent_channels, h, w]."""
+        if latents.dim() != 4 or latents.shape[1] != self.latent_channels:
+            raise ValueError(f"latents is {list(latents.shape)}; expected [N, {self.latent_channels}, h, w]")
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.first_stage.decode(latents.float() / self.scale_factor).float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def context(self, captions: Sequence[str]) -> Tensor:
+        """The captions' context, float32 [N, T, context_dim]. The empty caption is the unconditional one."""
+        if isinstance(captions, str):
+            raise TypeError(f"captions is the one text {captions!r}; expected a list of texts")
+        with torch.autocast(self.device.type, enabled=False):
+            return self.cond_stage(list(captions)).float()
+
+
+class SpaceToDepth(nn.Module):
+    """A first stage without weights: each square of factor x factor pixels becomes 3 * factor^2 channels.
+
+    Lossless: decode(encode(x)) is x bit for bit, also through `Conditioning` when its scale_factor is a power of two.
+    """
+
+    def __init__(self, factor: int):
+        super().__init__()
+        if not isinstance(factor, int) or factor < 1:
+            raise ValueError(f"factor is {factor!r}; expected a positive integer")
+        self.factor = factor
+        self.latent_channels = 3 * factor**2
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return nn.functional.pixel_unshuffle(images, self.factor)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return nn.functional.pixel_shuffle(latents, self.factor)
+
+
+class AutoencoderKL(nn.Module):
+    """The variational autoencoder of Stable Diffusion, by diffusers.
+
+    Arguments:
+        from_pretrained: a diffusers folder (of the VAE, or of a pipeline, whose `vae` is taken); or a file
+            (.safetensors, .bin, .ckpt) with the VAE's weights in diffusers' or the original's layout, or a whole Stable
+            Diffusion checkpoint (`first_stage_model.*`). None leaves random weights.
+        ddconfig: architecture, by the original's names: ch, ch_mult, num_res_blocks, z_channels, in_channels, out_ch.
+            Not read for a folder, which has its own. `resolution`, `double_z` and `dropout` have no effect.
+        embed_dim: channels of the latent.
+        precision: "fp32", "fp16" or "bf16" (and their usual spellings). Stable Diffusion's VAE overflows in fp16.
+    Raises ImportError without diffusers; CheckpointError or FileNotFoundError for the weights; ValueError for an
+        architecture with attention outside the middle block.
+    """
+
+    def __init__(
+        self,
+        from_pretrained: str | None = None,
+        ddconfig: Mapping[str, Any] | None = None,
+        embed_dim: int = 4,
+        precision: Any = "fp32",
+    ):
+        super().__init__()
+        diffusers = _extra("diffusers")
+        folder = _model_folder(from_pretrained, "vae")
+        if folder is not None:
+            self.vae = diffusers.AutoencoderKL.from_pretrained(folder, local_files_only=True)
+        else:
+            self.vae = diffusers.AutoencoderKL(**_vae_architecture(ddconfig or {}, embed_dim))
+            if from_pretrained is not None:
+                self.load(checkpoints.part_tensors(from_pretrained, "first_stage"), from_pretrained)
+        self.vae.to(DTYPES[precision_name(precision, "precision")]).requires_grad_(False).eval()
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.latent_channels = self.vae.config.latent_channels
+
+    def load(self, tensors: Mapping[str, Tensor], origin: str) -> None:
+        """Takes the weights, under diffusers' names; `origin` names the file in errors."""
+        checkpoints.fill(self.vae, tensors, origin, lambda name: False)
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A draw from the posterior: mean + std * noise."""
+        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
+        return posterior.sample(generator)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents.to(self.vae.dtype)).sample
+
+
+class CLIPTextEncoder(nn.Module):
+    """The CLIP text encoder of Stable Diffusion, by transformers; read from local files only.
+
+    Arguments:
+        version: a folder with a CLIP text model and its tokenizer, or a pipeline folder with `text_encoder` and
+            `tokenizer`; or the name of a model that transformers has in its local cache.
+        max_length: tokens of the context; longer captions are cut, shorter ones padded.
+        layer: "last" for the last hidden state, as Stable Diffusion 1 uses it; "penultimate" for the one before it,
+            through the final layer norm, as Stable Diffusion 2 uses OpenCLIP (not for diffusers' own folders of it,
+            which leave the last layer out); "hidden" for the one of `layer_idx`, without norm.
+        layer_idx: which hidden state, with layer "hidden".
+        from_pretrained: a Stable Diffusion checkpoint whose `cond_stage_model.*` weights replace the folder's.
+        precision: as `AutoencoderKL`.
+    Raises ImportError without transformers; FileNotFoundError when nothing local has that name; ValueError.
+    """
+
+    def __init__(
+        self,
+        version: str = "openai/clip-vit-large-patch14",
+        max_length: int = 77,
+        layer: str = "last",
+        layer_idx: int | None = None,
+        from_pretrained: str | None = None,
+        precision: Any = "fp32",
+    ):
+        super().__init__()
+        transformers = _extra("transformers")
+        if layer not in ("last", "penultimate", "hidden") or (layer == "hidden") != (layer_idx is not None):
+            raise ValueError(
+                f"layer is {layer!r} with layer_idx {layer_idx!r}; expected 'last', 'penultimate', or 'hidden' with one"
+            )
+        model, tokenizer = version, version
+        if (Path(version) / "text_encoder").is_dir():
+            model, tokenizer = Path(version) / "text_encoder", Path(version) / "tokenizer"
+        try:
+            self.tokenizer = transformers.CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True)
+            self.encoder = transformers.CLIPTextModel.from_pretrained(model, local_files_only=True)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"no CLIP text encoder at {version!r}: expected a folder with config.json, weights and tokenizer files,"
+                " or a name in transformers' local cache; nothing is downloaded"
+            ) from error
+        self.context_dim = self.encoder.config.hidden_size
+        positions = self.encoder.config.max_position_embeddings
+        if not 1 <= max_length <= positions:
+            raise ValueError(f"max_length is {max_length}; expected 1 to {positions}, the model's positions")
+        self.max_length = max_length
+        self.layer = {"last": None, "penultimate": -2, "hidden": layer_idx}[layer]
+        self.normed = layer != "hidden"
+        if from_pretrained is not None:
+            self.load(checkpoints.part_tensors(from_pretrained, "cond_stage"), from_pretrained)
+        self.encoder.to(DTYPES[precision_name(precision, "precision")]).requires_grad_(False).eval()
+
+    def load(self, tensors: Mapping[str, Tensor], origin: str) -> None:
+        """Takes the weights of a checkpoint's `cond_stage_model`, whatever the version of transformers called them."""
+        renamed = {_clip_name(name): tensor for name, tensor in tensors.items()}
+        own = {_clip_name(name): name for name in self.encoder.state_dict()}
+        found = {own[name]: tensor for name, tensor in renamed.items() if name in own}
+        checkpoints.fill(self.encoder, found, origin, lambda name: name.endswith("position_ids"))
+
+    def forward(self, captions: list[str]) -> Tensor:
+        """The context [N, max_length, context_dim]."""
+        tokens = self.tokenizer(
+            captions, truncation=True, max_length=self.max_length, padding="max_length", return_tensors="pt"
+        )
+        ids = tokens["input_ids"].to(self.encoder.device)  # [N, max_length]
+        if self.layer is None:
+            return self.encoder(input_ids=ids).last_hidden_state
+        hidden = self.encoder(input_ids=ids, output_hidden_states=True).hidden_states[self.layer]
+        return _final_norm(self.encoder)(hidden) if self.normed else hidden
+
+
+class WordEmbedder(nn.Module):
+    """A condition stage of one table: each word of the caption is a vector, to which its position adds another.
+
+    Words are runs of letters and digits, compared in lower case. A word outside the vocabulary is "unknown", the
+    context is filled up with "nothing", and words beyond max_length are cut.
+
+    Arguments:
+        vocabulary: the words.
+        dim: features of the context.
+        max_length: words of the context.
+        from_pretrained: a checkpoint whose `cond_stage_model.*` are the tables; without it they are random, the same
+            ones each time.
+        precision: as `AutoencoderKL`.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Sequence[str],
+        dim: int,
+        max_length: int,
+        from_pretrained: str | None = None,
+        precision: Any = "fp32",
+    ):
+        super().__init__()
+        vocabulary = list(vocabulary)
+        bad = [word for word in vocabulary if _words(word) != [word]]
+        if not vocabulary or bad or len(set(vocabulary)) != len(vocabulary):
+            raise ValueError(
+                f"vocabulary has {len(vocabulary)} words, among them {bad[:3]}; expected different words, at least one,"
+                " of lower-case letters and digits"
+            )
+        self.index = {word: i + 2 for i, word in enumerate(vocabulary)}  # 0 is nothing, 1 unknown
+        self.context_dim = dim
+        self.max_length = max_length
+        generator = torch.Generator().manual_seed(0)
+        self.embedding = nn.Embedding(len(vocabulary) + 2, dim)
+        self.position = nn.Embedding(max_length, dim)
+        for table, size in ((self.embedding, 1.0), (self.position, 0.5)):
+            table.weight.data.copy_(size * torch.randn(table.weight.shape, generator=generator, device="cpu"))
+        if from_pretrained is not None:
+            self.load(checkpoints.part_tensors(from_pretrained, "cond_stage"), from_pretrained)
+        self.to(DTYPES[precision_name(precision, "precision")])
+
+    def load(self, tensors: Mapping[str, Tensor], origin: str) -> None:
+        """Takes the tables `embedding.weight` and `position.weight`."""
+        checkpoints.fill(self, tensors, origin, lambda name: False)
+
+    def tokens(self, captions: list[str]) -> Tensor:
+        """Word numbers, int64 [N, max_length]."""
+        rows = torch.zeros(len(captions), self.max_length, dtype=torch.int64)
+        for row, caption in zip(rows, captions, strict=True):
+            numbers = [self.index.get(word, 1) for word in _words(caption)[: self.max_length]]
+            row[: len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
+        return rows
+
+    def forward(self, captions: list[str]) -> Tensor:
+        """The context [N, max_length, dim]."""
+        tokens = self.tokens(captions).to(self.embedding.weight.device)
+        return self.embedding(tokens) + self.position.weight
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def _clip_name(name: str) -> str:
+    """A CLIP tensor's name without the wrappers that differ between checkpoints and releases of transformers."""
+    return name.removeprefix("transformer.").removeprefix("text_model.")
+
+
+def _final_norm(encoder: nn.Module) -> nn.Module:
+    return next(module for name, module in encoder.named_modules() if name.rpartition(".")[2] == "final_layer_norm")
+
+
+def _extra(package: str) -> Any:
+    """An optional package; the message says how to get it."""
+    try:
+        return __import__(package)
+    except ImportError as error:
+        raise ImportError(f"{package} is not installed; pip install 'cnkernels[diffusers]' brings it") from error
+
+
+def _model_folder(path: str | None, part: str) -> Path | None:
+    """The folder with a config.json that a path stands for, itself or its subfolder `part`; None for a file."""
+    if path is None or Path(path).is_file():
+        return None
+    for folder in (Path(path), Path(path) / part):
+        if (folder / "config.json").is_file():
+            return folder
+    if Path(path).exists():
+        raise FileNotFoundError(f"the folder {path} has no config.json, nor has its subfolder {part}")
+    raise FileNotFoundError(f"nothing at {path}; expected a {part} file or folder")
+
+
+def _vae_architecture(ddconfig: Mapping[str, Any], embed_dim: int) -> dict[str, Any]:
+    """diffusers' arguments for an autoencoder described by the original's names."""
+    if ddconfig.get("attn_resolutions"):
+        raise ValueError(
+            f"ddconfig.attn_resolutions is {list(ddconfig['attn_resolutions'])}; expected none (attention is in the"
+            " middle block alone)"
+        )
+    if ddconfig.get("z_channels", embed_dim) != embed_dim:
+        raise ValueError(f"ddconfig.z_channels is {ddconfig['z_channels']}; expected embed_dim, {embed_dim}")
+    mult = list(ddconfig.get("ch_mult", (1, 2, 4, 4)))
+    return {
+        "in_channels": ddconfig.get("in_channels", 3),
+        "out_channels": ddconfig.get("out_ch", 3),
+        "latent_channels": embed_dim,
+        "block_out_channels": tuple(ddconfig.get("ch", 128) * m for m in mult),
+        "layers_per_block": ddconfig.get("num_res_blocks", 2),
+        "down_block_types": ("DownEncoderBlock2D",) * len(mult),
+        "up_block_types": ("UpDecoderBlock2D",) * len(mult),
+    }

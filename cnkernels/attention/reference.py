@@ -27,7 +27,7 @@ def attention_fwd(q, k, v, scale):
 def attention_bwd(dout, q, k, v, out, lse, scale, need):
     """Gradients of attention_fwd's out with respect to those of q, k, v that `need` asks for.
 
-    With P = exp(logits - lse) and dP = dout @ v^T:
+    With P = softmax(logits) and dP = dout @ v^T:
         dv = P^T @ dout,  dS = P * (dP - rowsum(P * dP)),  dq = scale * dS @ k,  dk = scale * dS^T @ q.
 
     Args:
@@ -44,7 +44,7 @@ def attention_bwd(dout, q, k, v, out, lse, scale, need):
     need_q, need_k, need_v = need
     compute = _compute_dtype(q)
     dout = _heads_first(dout, compute)  # [B, H, Sq, D]
-    p = torch.exp(_logits(q, k, scale, compute) - lse[..., None])  # [B, H, Sq, Sk]
+    p = torch.softmax(_logits(q, k, scale, compute), dim=-1)  # [B, H, Sq, Sk]; without the rounding of lse
     dq = dk = dv = None
     if need_v:
         dv = _heads_inside(p.transpose(-1, -2) @ dout, v.dtype)

@@ -43,7 +43,10 @@ def zero_conv_add(
         Zhang et al., "Adding Conditional Control to Text-to-Image Diffusion Models", 2023.
     """
     x, weight, bias, residual = register.autocast(x, weight, bias, residual)
-    factor, scale = (1.0, scale) if isinstance(scale, Tensor) else (float(scale), None)
+    if torch.compiler.is_compiling() and not isinstance(scale, Tensor):
+        # A Python float that reaches an op is burnt into the graph; one that multiplies a tensor stays symbolic.
+        scale = torch.ones((), device=x.device) * scale
+    factor, scale = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
     if out is None:
         return torch.ops.cnkernels.zero_conv_add(x, weight, bias, residual, scale, factor)
     registration.expect_no_gradient(x, weight, bias, residual, scale)

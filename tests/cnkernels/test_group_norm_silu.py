@@ -147,7 +147,9 @@ def test_float32_parameters_of_half_precision_input(backend):
     assert [g.dtype for g in gradients] == [torch.bfloat16, *[torch.float32] * 3]
     exact = harness.run(eager(8), [t.detach().double() for t in (x, *wide)], upstream.double())
     peer = harness.run(eager(8), [t.detach() for t in (x, *narrow)], upstream)
-    for name, ours, theirs, truth in zip(["y", "x", "weight", "bias", "addend"], (y, *gradients), peer, exact, strict=True):
+    for name, ours, theirs, truth in zip(
+        ["y", "x", "weight", "bias", "addend"], (y, *gradients), peer, exact, strict=True
+    ):
         harness.assert_by_rule(name, ours, theirs.to(ours.dtype), truth)
 
 

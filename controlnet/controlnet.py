@@ -1,5 +1,6 @@
 """The ControlNet: a trainable copy of the U-Net's encoder that turns a hint into residuals for the decoder."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,8 @@ class ControlNet(Trunk):
         The state_dict has the keys of the original checkpoints, without prefix.
         Zhang, Rao and Agrawala, "Adding Conditional Control to Text-to-Image Diffusion Models", 2023.
     """
+
+    __signature__ = inspect.signature(ControlNetArchitecture)  # of the constructor, for help() and configuration checks
 
     def __init__(self, **params: Any):
         arch = ControlNetArchitecture(**params)

@@ -1,5 +1,6 @@
 """The U-Net of latent diffusion, cut where a ControlNet attaches: `encode` to the middle block, `decode` from there."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -147,6 +148,8 @@ class UNet(Trunk):
         Ho et al., "Denoising Diffusion Probabilistic Models", 2020; Rombach et al., "High-Resolution Image Synthesis
         with Latent Diffusion Models", 2022.
     """
+
+    __signature__ = inspect.signature(UNetArchitecture)  # of the constructor, for help() and configuration checks
 
     def __init__(self, **params: Any):
         arch = UNetArchitecture(**params)

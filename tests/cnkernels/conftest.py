@@ -28,7 +28,7 @@ def seed():
 
 @pytest.fixture(autouse=True, scope="session")
 def bfloat16_products_in_the_interpreter():
-    """Triton 3.7's interpreter holds bfloat16 as its bits and tl.dot multiplies those bits as integers: widen them first."""
+    """Triton 3.7 interprets bfloat16 as its bits, and tl.dot multiplies those as integers: widen them first."""
     if "TRITON_INTERPRET" not in os.environ:
         yield
         return

@@ -78,8 +78,8 @@ def compare(
     Args:
         op, eager: functions of the tensors in `inputs`.
         inputs: float64 tensors or None; rounded to `dtype` once, so that all three computations see the same values.
-        reductions: input index -> M, for a gradient that is one sum over M terms of either sign: what rounding its terms
-            costs grows with sqrt(M), while the sum itself may cancel to nothing.
+        reductions: input index -> M, for a gradient that is one sum over M terms of either sign: the rounding of its
+            terms grows with sqrt(M), while the sum itself may cancel to nothing.
         arrange: lays out an input before the op sees it; arrange_upstream the upstream gradient.
     """
     rounded = [t if t is None else t.to(dtype) for t in inputs]

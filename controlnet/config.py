@@ -7,7 +7,7 @@ import importlib
 import inspect
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import SequenceMatcher
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -74,15 +74,16 @@ def compose(document: Mapping[str, Any], overrides: Iterable[str] = ()) -> "Dict
         _apply_override(given, override)
     tree = OmegaConf.to_container(given, resolve=False)
     _check_keys(tree, SCHEMA, "")
+    for path, value in _paths(tree):
+        if value == "???":
+            raise ConfigError(f"{path} is ???; give it a value in the file or as an override")
     try:
         merged = OmegaConf.merge(OmegaConf.create(_defaults(SCHEMA)), OmegaConf.create(tree))
-        missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            raise ConfigError(f"{missing[0]} is ???; give it a value in the file or as an override")
         OmegaConf.resolve(merged)
     except omegaconf.errors.OmegaConfBaseException as error:
         raise ConfigError(f"the configuration cannot be resolved: {str(error).strip()}") from error
     merged.trainer.precision = precision(merged.trainer.precision)
+    merged.model._target_ = canonical_target(merged.model._target_)
     for stage in STAGE_TARGETS:
         if merged.model.get(stage) is not None:
             _check_stage(merged.model[stage], stage)
@@ -353,14 +354,15 @@ def _log_without_effect(given: dict) -> None:
     silent = dict(NO_EFFECT)
     for stage, reasons in STAGE_NO_EFFECT.items():
         silent.update({f"model.{stage}.{key}": reason for key, reason in reasons.items()})
-    found = [f"{path} ({silent[path]})" for path in _paths(given) if path in silent]
+    found = [f"{path} ({silent[path]})" for path, _ in _paths(given) if path in silent]
     if found:
         logger.info("accepted without effect: %s", "; ".join(found))
 
 
-def _paths(node: Any, path: str = "") -> Iterable[str]:
+def _paths(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted path below a node, with its value."""
     if path:
-        yield path
+        yield path, node
     if isinstance(node, dict):
         for key, value in node.items():
             yield from _paths(value, _join(path, str(key)))

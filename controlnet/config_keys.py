@@ -189,6 +189,7 @@ SCHEMA: dict[str, Any] = {
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.accelerator": ("auto", "gpu", "cuda", "cpu"),
+    "model._target_": ("controlnet.diffusion.ControlledUNet",),
     "model.parameterization": ("eps", "v", "x0"),
     "model.beta_schedule": ("linear", "sqrt_linear", "sqrt", "cosine"),
 }

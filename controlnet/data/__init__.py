@@ -1,0 +1,9 @@
+"""WebDataset shards in, batches out: `build_loader`.
+
+`shards` finds the shards and the samples in them, `samples` decodes one sample, `loader` orders and batches them.
+"""
+
+from .loader import ShardLoader, build_loader
+from .shards import DataError
+
+__all__ = ["DataError", "ShardLoader", "build_loader"]

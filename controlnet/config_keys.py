@@ -39,6 +39,8 @@ SCHEMA: dict[str, Any] = {
         "log_every_n_steps": 10,
         "accumulate_grad_batches": 1,
         "gradient_clip_val": Maybe(float),
+        "max_skipped_steps": 10,
+        "deterministic": False,
         "benchmark": False,
         "enable_model_summary": True,
         "enable_progress_bar": True,
@@ -65,6 +67,7 @@ SCHEMA: dict[str, Any] = {
         "resume_if_exists": False,
         "resume_ignore_no_checkpoint": True,
         "resume_from_checkpoint": Maybe(str),
+        "resume_with_other_world_size": False,
         "ema": {
             "enable": False,
             "decay": 0.9999,
@@ -140,6 +143,13 @@ SCHEMA: dict[str, Any] = {
         "image_logger": {
             "batch_frequency": 1000,
             "max_images": 4,
+            "disabled": False,
+            "log_first_step": False,
+            "log_images_kwargs": {
+                "ddim_steps": 50,
+                "ddim_eta": 0.0,
+                "unconditional_guidance_scale": 9.0,
+            },
         },
     },
     # `model.data` and `model.optim` (NeMo's place) are moved here.
@@ -215,8 +225,6 @@ ONLY: dict[str, tuple[Any, str]] = {
 # Accepted so that other systems' files run as they are; loading names those that a file sets, once.
 NO_EFFECT: dict[str, str] = {
     "run": "the launcher's own section",
-    "trainer.devices": "torchrun --nproc_per_node says how many processes",
-    "trainer.num_nodes": "torchrun --nnodes says how many machines",
     "trainer.logger": "exp_manager decides what is logged",
     "trainer.enable_checkpointing": "exp_manager decides what is saved",
     "trainer.use_distributed_sampler": "shards are split by rank and worker",
@@ -228,7 +236,7 @@ NO_EFFECT: dict[str, str] = {
     "exp_manager.wandb_logger_kwargs": "metrics go to metrics.jsonl and TensorBoard",
     "exp_manager.checkpoint_callback_params.monitor": "the newest checkpoints are kept, not the best",
     "exp_manager.checkpoint_callback_params.filename": "checkpoints are folders named by step",
-    "exp_manager.ema.validate_original_weights": "there is no validation loop",
+    "exp_manager.ema.cpu_offload": "the average stays beside the weights",
     "model.precision": "trainer.precision decides",
     "model.first_stage_key": "a batch always calls it images; the extension is a key of data",
     "model.cond_stage_key": "a batch always calls it captions; the extension is a key of data",
@@ -244,9 +252,11 @@ NO_EFFECT: dict[str, str] = {
     "model.use_ema": "exp_manager.ema decides",
     "model.inductor_cudagraphs": "compilation leaves CUDA graphs off",
     "model.capture_cudagraph_iters": "training captures no CUDA graph",
+    "model.fused_opt": "the optimizer is always the fused one",
     "model.apex_transformer_log_level": "Apex is not used",
     "model.nsys_profile": "profilers are started from outside",
     "data.synthetic_data_length": "there is no synthetic data",
+    "optim.sched.hold_steps": "the rate is held to the end",
     "data.webdataset.verbose": "drops are always counted and logged",
 }
 

@@ -1,7 +1,8 @@
 """The noise schedule, the controlled U-Net, and the loss: the whole of a training step, to be read on one screen."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,19 @@ class NoiseSchedule(nn.Module):
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
         self.register_buffer("signal", alphas_cumprod.sqrt(), persistent=False)
         self.register_buffer("sigma", (1 - alphas_cumprod).sqrt(), persistent=False)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
+        """The schedule of a `model` section, whose keys have the names of the arguments."""
+        return cls(
+            config["timesteps"],
+            config["linear_start"],
+            config["linear_end"],
+            config["beta_schedule"],
+            config["parameterization"],
+            config["cosine_s"],
+            config["given_betas"],
+        )
 
     def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1,) + (1,) * (like.dim() - 1)

@@ -1,0 +1,71 @@
+"""Images to look at: the grid of hints, reconstructions and samples, and why an image shows nothing."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.nn import functional as F
+
+MARGIN = 4
+LABEL_HEIGHT = 14
+
+
+def to_uint8(images: Tensor, low: float = -1.0) -> Tensor:
+    """uint8 [N, 3, H, W] of images in [low, 1]; NaN becomes black.
+
+    Arguments:
+        images: [N, C, H, W]; one channel is repeated, of more than three the first three are taken.
+        low: the value that stands for black: -1 for images, 0 for hints.
+    """
+    images = images.detach().float()
+    images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
+    if images.shape[1] == 2:
+        images = F.pad(images, (0, 0, 0, 0, 0, 1), value=low)
+    unit = (torch.nan_to_num(images, nan=low) - low) / (1 - low)
+    return (unit.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def fault(images: Tensor, latents: Tensor) -> str | None:
+    """Why decoded images show nothing, or None when they show something.
+
+    Arguments:
+        images: [N, 3, H, W] decoded from `latents`.
+        latents: [N, C, h, w] as the sampler left them.
+    """
+    if not bool(torch.isfinite(latents).all()):
+        return (
+            "the sampled latents hold NaN or infinity: the weights have diverged, or fp16 overflows (try bf16 or fp32)"
+        )
+    if not bool(torch.isfinite(images).all()):
+        return "the first stage decodes finite latents to NaN or infinity: run it in float32"
+    flat = images.float().flatten(1)
+    constant = (flat.amax(dim=1) - flat.amin(dim=1)) < 1 / 255
+    if bool(constant.any()):
+        which = constant.nonzero()[0].item()
+        return (
+            f"image {which} is constant, {flat[which, 0].item():.2f} everywhere: the weights have diverged, or the"
+            " first stage or scale_factor is not the one that the U-Net was trained with"
+        )
+    return None
+
+
+def grid(rows: Mapping[str, Tensor]) -> Image.Image:
+    """One picture with a labelled row of images for each entry.
+
+    Arguments:
+        rows: label -> uint8 [N, 3, H, W]; rows may differ in N and size.
+    """
+    height = sum(row.shape[2] + LABEL_HEIGHT + MARGIN for row in rows.values()) + MARGIN
+    width = max(row.shape[0] * (row.shape[3] + MARGIN) for row in rows.values()) + MARGIN
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    top = MARGIN
+    for label, row in rows.items():
+        draw.text((MARGIN, top), label, fill="black")
+        top += LABEL_HEIGHT
+        for i, image in enumerate(row.permute(0, 2, 3, 1).cpu().numpy()):
+            canvas.paste(Image.fromarray(np.ascontiguousarray(image)), (MARGIN + i * (image.shape[1] + MARGIN), top))
+        top += row.shape[2] + MARGIN
+    return canvas

@@ -1,0 +1,337 @@
+"""Checkpoints of a training run: saved whole or not at all, and resumed to the bit.
+
+A checkpoint is a folder step-XXXXXXXX of
+
+    control.safetensors   `control_model.*`, the original's keys
+    unet.safetensors      `model.diffusion_model.*`, only when the decoder is trained
+    ema.safetensors       the averaged trainable weights under the same keys, only with an average
+    state.pt              step, images seen, epoch, optimizer, scaler, schedule (loadable with weights_only=True)
+    rng-rankN.pt          random streams and data position of rank N
+    config.yaml           the configuration
+    manifest.json         size and sha256 of each of the others
+
+It is written under a temporary name, synced to disk, the manifest last, and moved into place in one step: a folder with
+the final name is complete, however the run ended.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .checkpoints import CheckpointError
+from .config import ConfigError
+from .diffusion import ControlledUNet
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+CHECKPOINTS = "checkpoints"  # folder of a run
+MANIFEST = "manifest.json"
+CONTROL_PREFIX, UNET_PREFIX = "control_model.", "model.diffusion_model."
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the checkpoints in a folder, oldest first, complete or not; temporary ones are not among them."""
+    if not folder.is_dir():
+        return []
+    found = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.iterdir() if path.is_dir()]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None when every file has the size and content that its manifest names."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"{path} has no {MANIFEST}: it was not saved to the end"
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return f"{path / MANIFEST} is damaged: {error}"
+    if manifest.get("format") != FORMAT:
+        return f"{path} has format {manifest.get('format')}; expected {FORMAT}"
+    for name, expected in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if file.stat().st_size != expected["size"]:
+            return f"{file} has {file.stat().st_size} bytes; expected {expected['size']}"
+        if _digest(file) != expected["sha256"]:
+            return f"{file} is damaged: its sha256 is not that of the manifest"
+    return None
+
+
+def newest_complete(folder: Path, report: Callable[[str], None] = lambda message: None) -> Path | None:
+    """The complete checkpoint of the highest step; incomplete ones above it are reported and passed over."""
+    for _, path in reversed(checkpoints(folder)):
+        problem = fault(path)
+        if problem is None:
+            return path
+        report(f"passing over a checkpoint: {problem}")
+    return None
+
+
+def write(folder: Path, step: int, writers: Mapping[str, Callable[[Path], None]], facts: Mapping[str, Any]) -> Path:
+    """Writes a checkpoint so that it is there whole or not at all, and returns its path.
+
+    Arguments:
+        folder: of the run's checkpoints.
+        writers: file name -> a function that writes it to the path it is given.
+        facts: entries for the manifest beside the files.
+    Raises OSError when the disk does not take it; earlier checkpoints are then untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / folder_name(step)
+    temporary = folder / f"{final.name}.tmp-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        files = {}
+        for name, writer in writers.items():
+            path = temporary / name
+            writer(path)
+            _sync(path)
+            files[name] = {"size": path.stat().st_size, "sha256": _digest(path)}
+        manifest = {"format": FORMAT, "step": step, **facts, "files": files}
+        with open(temporary / MANIFEST, "w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync(temporary)
+        if final.exists():  # the run was taken up from an older step and came by here again
+            replaced = folder / f"{final.name}.old-{os.getpid()}"
+            os.replace(final, replaced)
+            os.replace(temporary, final)
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            os.replace(temporary, final)
+        _sync(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Deletes all but the newest `keep` checkpoints (at least 2; all for 0 or less), and what dead processes left.
+
+    Called after a new checkpoint is in place, so that at no moment fewer than it and its predecessor exist.
+    """
+    for path in folder.iterdir():
+        left_over = re.fullmatch(r"step-\d+\.(tmp|old)-(\d+)", path.name)
+        if left_over and int(left_over[2]) != os.getpid():
+            shutil.rmtree(path, ignore_errors=True)
+    if keep > 0:
+        for _, path in checkpoints(folder)[: -max(2, keep)]:
+            # Renamed first: a folder half deleted must not look like a checkpoint.
+            doomed = path.with_name(f"{path.name}.old-{os.getpid()}")
+            os.replace(path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def prefixed(name: str) -> str:
+    """The name of a ControlledUNet's parameter in the original's checkpoints."""
+    part, _, rest = name.partition(".")
+    return {"control": CONTROL_PREFIX, "unet": UNET_PREFIX}[part] + rest
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def model_files(model: ControlledUNet) -> dict[str, Callable[[Path], None]]:
+    """Writers of the files that hold the trained weights."""
+
+    def part(name: str) -> Callable[[Path], None]:
+        module = getattr(model, name)
+        return lambda path: save_tensors({prefixed(f"{name}.{k}"): v for k, v in module.state_dict().items()}, path)
+
+    files = {"control.safetensors": part("control")}
+    if not model.sd_locked:
+        files["unet.safetensors"] = part("unet")
+    return files
+
+
+def load_model(model: ControlledUNet, path: Path) -> None:
+    """Loads the weights that `model_files` wrote, every one of them, in place.
+
+    Raises CheckpointError when names or shapes differ from the model's.
+    """
+    for name in model_files(model):
+        part = name.removesuffix(".safetensors")
+        module, file = getattr(model, part), path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; the checkpoint was made with another model.sd_locked")
+        saved = load_file(file)
+        own = {prefixed(f"{part}.{key}"): tensor for key, tensor in module.state_dict().items()}
+        for key in sorted(own.keys() ^ saved.keys()):
+            where = "the model has, the file lacks" if key in own else "the file has, the model lacks"
+            raise CheckpointError(f"{file} does not fit the model: {where} {key}")
+        for key, tensor in own.items():
+            if saved[key].shape != tensor.shape:
+                shapes = f"{list(saved[key].shape)}; expected {list(tensor.shape)}"
+                raise CheckpointError(f"{file} does not fit the model: {key} is {shapes}")
+            tensor.copy_(saved[key])
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The global random generators of this process: Python, NumPy, PyTorch and its GPU."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), int(position), int(has_gauss), float(gauss)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Takes up what `random_state` returned."""
+    random.setstate(state["python"])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def rank_state(trainer: "Trainer") -> dict[str, Any]:
+    """What differs from rank to rank: random generators and the position in the data."""
+    return {
+        "global": random_state(trainer.world.device),
+        "streams": trainer.streams.state_dict(),
+        "position": trainer.loader.position,
+    }
+
+
+def save(trainer: "Trainer", ranks: Sequence[Mapping[str, Any]]) -> Path:
+    """Saves a checkpoint of the trainer at its step; called on rank 0, with the `rank_state` of every rank."""
+    cfg, manager = trainer.cfg, trainer.cfg.exp_manager
+    shared = {
+        "step": trainer.step,
+        "images_seen": trainer.images_seen,
+        "skipped": trainer.skipped,
+        "trainable": _trainable_names(trainer.model),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "average_updates": trainer.average.updates if trainer.average is not None else None,
+    }
+    files = model_files(trainer.model)
+    if trainer.average is not None:
+        averages = {prefixed(name): tensor for name, tensor in trainer.average.averages.items()}
+        files["ema.safetensors"] = functools.partial(save_tensors, averages)
+    files["state.pt"] = functools.partial(torch.save, shared)
+    for rank, of_rank in enumerate(ranks):
+        files[f"rng-rank{rank}.pt"] = functools.partial(torch.save, of_rank)
+    files["config.yaml"] = lambda path: OmegaConf.save(cfg, path)
+    folder = trainer.folder / CHECKPOINTS
+    path = write(folder, trainer.step, files, {"world_size": len(ranks), "torch": torch.__version__})
+    prune(folder, manager.checkpoint_callback_params.save_top_k)
+    return path
+
+
+def _trainable_names(model: ControlledUNet) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def choose(folder: Path, cfg: DictConfig) -> Path | None:
+    """The checkpoint to take up, or None to start.
+
+    With exp_manager.resume_if_exists it is the newest complete one of the run's own folder, before an explicit
+    resume_from_checkpoint, so that the same command can be given again after a crash.
+
+    Raises CheckpointError when the explicit one is not complete, or an old run would be overwritten.
+    """
+    manager = cfg.exp_manager
+    explicit = manager.resume_from_checkpoint or cfg.model.resume_from_checkpoint or cfg.trainer.resume_from_checkpoint
+    if manager.resume_if_exists:
+        newest = newest_complete(folder, logger.warning)
+        if newest is not None:
+            return newest
+        if explicit is None and not manager.resume_ignore_no_checkpoint:
+            raise CheckpointError(f"{folder} holds no complete checkpoint and resume_ignore_no_checkpoint is false")
+    elif checkpoints(folder):
+        last = checkpoints(folder)[-1][1]
+        raise ConfigError(
+            f"{folder} already holds {last.name} of an earlier run; set exp_manager.resume_if_exists=True to go on with"
+            " it, or another exp_manager.explicit_log_dir"
+        )
+    if explicit is None:
+        return None
+    problem = fault(Path(explicit))
+    if problem is not None:
+        raise CheckpointError(f"resume_from_checkpoint: {problem}")
+    return Path(explicit)
+
+
+def load(trainer: "Trainer", path: Path) -> Any:
+    """Puts the trainer where it was when the checkpoint was saved; returns the position in the data.
+
+    The learning rate and the optimizer's other settings are those of the present configuration. With another number of
+    ranks than the checkpoint's, allowed by exp_manager.resume_with_other_world_size, the random streams start afresh.
+    Raises CheckpointError for a checkpoint of another model or number of ranks.
+    """
+    load_model(trainer.model, path)
+    device, world = trainer.world.device, trainer.world
+    shared = torch.load(path / "state.pt", map_location=device, weights_only=True)
+    own = _trainable_names(trainer.model)
+    if shared["trainable"] != own:
+        raise CheckpointError(
+            f"{path} was made while training {len(shared['trainable'])} weights; expected the same {len(own)} as now"
+            " (model.sd_locked, model.only_mid_control)"
+        )
+    groups = trainer.optimizer.state_dict()["param_groups"]
+    trainer.optimizer.load_state_dict({"state": shared["optimizer"]["state"], "param_groups": groups})
+    if trainer.scaler.is_enabled() and shared["scaler"]:
+        trainer.scaler.load_state_dict(shared["scaler"])
+    if trainer.average is not None:
+        if shared["average_updates"] is None:
+            raise CheckpointError(f"{path} holds no average; set exp_manager.ema.enable=False, or start anew")
+        averages = load_file(path / "ema.safetensors", device=str(device))
+        named = {name: averages[prefixed(name)] for name in trainer.average.averages}
+        trainer.average.load(named, shared["average_updates"])
+    trainer.step, trainer.images_seen, trainer.skipped = (shared[key] for key in ("step", "images_seen", "skipped"))
+    saved_ranks = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["world_size"]
+    if saved_ranks != world.size:
+        if not trainer.cfg.exp_manager.resume_with_other_world_size:
+            raise CheckpointError(
+                f"{path} was saved by {saved_ranks} ranks and {world.size} run now, which cannot go on with the same"
+                " noise and data; start as many, or set exp_manager.resume_with_other_world_size=True"
+            )
+        return None
+    of_rank = torch.load(path / f"rng-rank{world.rank}.pt", map_location="cpu", weights_only=True)
+    set_random_state(of_rank["global"], device)
+    trainer.streams.load_state_dict(of_rank["streams"])
+    return of_rank["position"]

@@ -113,7 +113,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is refused: {_refusal(error)}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except PermissionError:
+        raise
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         # what torch.load raises for truncated archives and byte streams that only look like a pickle
         raise CheckpointError(f"{path} is damaged, or no PyTorch checkpoint: {error}") from error
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):

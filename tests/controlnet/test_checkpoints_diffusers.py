@@ -1,0 +1,145 @@
+"""Names of diffusers' checkpoints, against diffusers' own models and conversions."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from safetensors.torch import save_file
+
+from controlnet import checkpoints
+from controlnet.checkpoints import CheckpointError, diffusers, load_control, load_unet, vae
+from controlnet.controlnet import ControlNet
+from controlnet.unet import UNet
+from tests.controlnet.twins import BASE, CASES, controlnet_pair, unet_pair
+
+EQUAL_BLOCKS = [name for name, case in CASES.items() if len(set(case.res_blocks)) == 1]
+
+
+def assert_names_are_both_ways(ours, theirs) -> None:
+    names = diffusers.module_names(ours.arch)
+    back = {theirs: ours for ours, theirs in names.items()}
+    assert len(back) == len(names)
+    renamed = {name: diffusers.rename(name, names) for name in ours.state_dict()}
+    assert sorted(renamed.values()) == sorted(theirs.state_dict())
+    assert all(diffusers.rename(theirs, back) == ours for ours, theirs in renamed.items())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_unet_folder_loads_bit_for_bit(tmp_path, case):
+    """The pair's weights are equal by names that a comparison of outputs proves (test_unet.py)."""
+    ours, theirs = unet_pair(CASES[case])
+    assert_names_are_both_ways(ours, theirs)
+    theirs.save_pretrained(tmp_path / "unet")
+    fresh = UNet(**CASES[case].params, out_channels=4).double()
+    report = load_unet(fresh, tmp_path, from_nemo=False)
+    assert report.layout == "diffusers" and report.unused == []
+    assert all(torch.equal(fresh.state_dict()[name], tensor) for name, tensor in ours.state_dict().items())
+
+
+def test_pipeline_folder_model_folder_and_file_are_the_same(tmp_path):
+    _, theirs = unet_pair(CASES["one level, one head"])
+    theirs.save_pretrained(tmp_path / "unet")
+    paths = (tmp_path, tmp_path / "unet", tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    first, *others = (load_unet(UNet(**CASES["one level, one head"].params, out_channels=4), path) for path in paths)
+    assert all(other.matched == first.matched for other in others)
+
+
+@pytest.mark.parametrize("case", EQUAL_BLOCKS)
+def test_controlnet_folder_loads_bit_for_bit(tmp_path, case):
+    ours, theirs = controlnet_pair(CASES[case])
+    assert_names_are_both_ways(ours, theirs)
+    theirs.save_pretrained(tmp_path / "controlnet")
+    fresh = ControlNet(**CASES[case].params, hint_channels=3).double()
+    report = load_control(fresh, tmp_path)
+    assert report.layout == "diffusers" and report.new == [] and report.unused == []
+    assert all(torch.equal(fresh.state_dict()[name], tensor) for name, tensor in ours.state_dict().items())
+
+
+def test_control_starts_from_a_diffusers_unet(tmp_path):
+    base, theirs = unet_pair(CASES["sd15"])
+    theirs.save_pretrained(tmp_path / "unet")
+    fresh = ControlNet(**CASES["sd15"].params, hint_channels=3).double()
+    report = load_control(fresh, tmp_path, source="unet")
+    assert {name.partition(".")[0] for name in report.new} == {"zero_convs", "input_hint_block", "middle_block_out"}
+    assert all(torch.equal(fresh.state_dict()[name], base.state_dict()[name]) for name in report.matched)
+
+
+def test_architecture_without_transformer_is_refused(tmp_path):
+    params = BASE | {"use_spatial_transformer": False, "context_dim": None}
+    with pytest.raises(CheckpointError, match="use_spatial_transformer"):
+        diffusers.module_names(UNet(**params, out_channels=4).arch)
+
+
+def tiny_vae(levels: int = 2, blocks: int = 1, attention: bool = True) -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=tuple(32 * (1 + level) for level in range(levels)),
+        layers_per_block=blocks,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        latent_channels=4,
+        mid_block_add_attention=attention,
+    )
+
+
+def original_vae_names(model: AutoencoderKL, blocks: int) -> dict[str, torch.Tensor]:
+    """The model's tensors under latent-diffusion's names, written out from that code's module tree."""
+    levels = len(model.config.block_out_channels)
+    table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    for half in ("encoder", "decoder"):
+        table |= {f"{half}.{name}": f"{half}.{name}" for name in ("conv_in", "conv_out")}
+        table |= {f"{half}.conv_norm_out": f"{half}.norm_out", f"{half}.mid_block.attentions.0": f"{half}.mid.attn_1"}
+        table |= {f"{half}.mid_block.resnets.{i}": f"{half}.mid.block_{i + 1}" for i in range(2)}
+    for level in range(levels):
+        up = levels - 1 - level
+        table |= {f"encoder.down_blocks.{level}.resnets.{i}": f"encoder.down.{level}.block.{i}" for i in range(blocks)}
+        table |= {f"decoder.up_blocks.{level}.resnets.{i}": f"decoder.up.{up}.block.{i}" for i in range(blocks + 1)}
+        table[f"encoder.down_blocks.{level}.downsamplers.0"] = f"encoder.down.{level}.downsample"
+        table[f"decoder.up_blocks.{level}.upsamplers.0"] = f"decoder.up.{up}.upsample"
+    inner = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+    renamed = {}
+    for name, tensor in model.state_dict().items():
+        head = max((head for head in table if name.startswith(head + ".")), key=len)
+        rest = name.removeprefix(head).replace("conv_shortcut", "nin_shortcut")
+        if "attentions" in head:
+            piece = max((piece for piece in inner if rest.startswith(f".{piece}.")), key=len)
+            rest = rest.replace(f".{piece}.", f".{inner[piece]}.")
+            tensor = tensor[:, :, None, None] if tensor.dim() == 2 else tensor
+        renamed[table[head] + rest] = tensor
+    return renamed
+
+
+@pytest.mark.parametrize(("levels", "blocks"), [(1, 1), (2, 1), (4, 2)])
+def test_vae_names(levels, blocks):
+    model = tiny_vae(levels, blocks)
+    original = original_vae_names(model, blocks)
+    found, expected = vae.to_diffusers(original), model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    theirs = convert_ldm_vae_checkpoint({f"first_stage_model.{k}": v for k, v in original.items()}, dict(model.config))
+    assert found.keys() == theirs.keys() and all(torch.equal(found[name], theirs[name]) for name in theirs)
+
+
+def test_vae_names_of_older_and_present_diffusers():
+    model = tiny_vae()
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def rename(name):
+        for new, old in older.items():
+            name = name.replace(f".{new}.", f".{old}.")
+        return name
+
+    tensors = model.state_dict()
+    assert vae.to_diffusers(tensors).keys() == tensors.keys()
+    assert vae.to_diffusers({rename(name): tensor for name, tensor in tensors.items()}).keys() == tensors.keys()
+
+
+def test_the_vae_of_a_whole_checkpoint(tmp_path):
+    model = tiny_vae()
+    tensors = {f"first_stage_model.{name}": t.contiguous() for name, t in original_vae_names(model, 1).items()}
+    save_file(tensors | {"model.diffusion_model.input_blocks.0.0.bias": torch.ones(1)}, tmp_path / "x.safetensors")
+    assert checkpoints.parts(tmp_path / "x.safetensors") == ["first_stage", "unet"]
+    found = checkpoints.part_tensors(tmp_path / "x.safetensors", "first_stage")
+    assert found.keys() == model.state_dict().keys()
+    with pytest.raises(CheckpointError, match="expected a cond_stage"):
+        checkpoints.part_tensors(tmp_path / "x.safetensors", "cond_stage")

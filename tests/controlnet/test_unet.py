@@ -36,7 +36,7 @@ def test_equals_diffusers(case):
     assert_same(got, want)
     for got_grad, want_grad in zip(got_grads, want_grads, strict=True):
         assert_same(got_grad, want_grad)
-    twins.assert_same_gradients(ours, theirs, twins.diffusers_names(ours, case.res_blocks))
+    twins.assert_same_gradients(ours, theirs)
 
 
 @pytest.mark.parametrize("only_mid_control", [False, True])
@@ -58,6 +58,16 @@ def test_control_equals_diffusers(name, only_mid_control):
     assert_same(got, want)
     assert_same(ours.decode(h, skips, control, timesteps, context, only_mid_control=only_mid_control), want)
     assert (got - ours(x, timesteps, context)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("changes", [{}, WITHOUT_TRANSFORMER], ids=["transformer", "attention block"])
+def test_what_starts_at_zero(changes):
+    """The last layer of every residual branch, and of the whole: an untrained U-Net answers with zero."""
+    unet = UNet(**SMALL | changes)
+    zero = {name for name, p in unet.named_parameters() if p.dim() > 1 and not p.any()}
+    last = (".out_layers.3.weight", ".proj_out.weight", "out.2.weight")
+    assert zero == {name for name in unet.state_dict() if name.endswith(last)}
+    assert not unet(*small_inputs()).any()
 
 
 @pytest.mark.parametrize("flash", [False, True])
@@ -109,8 +119,8 @@ def test_resampling_without_convolution():
     assert unet(x[:, :, :3, :5], timesteps, context).shape == (2, 4, 3, 5)
 
 
-def test_step_back_of_middle_block():
-    """disable_middle_self_attn: the middle block's first attention has keys of the context's width."""
+def test_disable_middle_self_attn():
+    """The first attention of the middle block has keys of the context's width."""
     unet = UNet(**SMALL | {"disable_middle_self_attn": True})
     shapes = {name: list(t.shape) for name, t in unet.state_dict().items() if "attn1.to_k" in name}
     assert shapes["middle_block.1.transformer_blocks.0.attn1.to_k.weight"] == [64, 24]

@@ -7,6 +7,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
+from controlnet.checkpoints.diffusers import module_names, rename
 from controlnet.controlnet import ControlNet
 from controlnet.unet import UNet
 
@@ -92,76 +93,28 @@ def diffusers_params(case: Case) -> dict[str, Any]:
 
 def unet_pair(case: Case) -> tuple[UNet, UNet2DConditionModel]:
     ours = UNet(**case.params, out_channels=4)
-    return _same_weights(ours, UNet2DConditionModel(**diffusers_params(case)), case)
+    return _same_weights(ours, UNet2DConditionModel(**diffusers_params(case)))
 
 
 def controlnet_pair(case: Case) -> tuple[ControlNet, ControlNetModel]:
     ours = ControlNet(**case.params, hint_channels=3)
     params = diffusers_params(case)
     del params["up_block_types"]
-    # ControlNetModel wants one number of blocks for all levels, but its blocks are UNet2DConditionModel's.
-    return _same_weights(ours, ControlNetModel(**params | {"layers_per_block": case.res_blocks[0]}), case)
+    # ControlNetModel takes one number of blocks for all levels.
+    return _same_weights(ours, ControlNetModel(**params | {"layers_per_block": case.res_blocks[0]}))
 
 
-def _same_weights(ours: nn.Module, theirs: nn.Module, case: Case) -> tuple[Any, Any]:
+def _same_weights(ours: UNet | ControlNet, theirs: nn.Module) -> tuple[Any, Any]:
     randomise(ours.double())
-    names = diffusers_names(ours, case.res_blocks)
+    names = diffusers_names(ours)
     theirs.double().load_state_dict({names[name]: tensor for name, tensor in ours.state_dict().items()})
     return ours, theirs
 
 
-RES_NAMES = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
-
-
-def diffusers_names(model: nn.Module, res_blocks: list[int]) -> dict[str, str]:
+def diffusers_names(model: UNet | ControlNet) -> dict[str, str]:
     """Our state_dict's names -> diffusers'."""
-    prefixes = {
-        "time_embed.0": "time_embedding.linear_1",
-        "time_embed.2": "time_embedding.linear_2",
-        "input_blocks.0.0": "conv_in",
-        "middle_block.0": "mid_block.resnets.0",
-        "middle_block.1": "mid_block.attentions.0",
-        "middle_block.2": "mid_block.resnets.1",
-        "out.0": "conv_norm_out",
-        "out.2": "conv_out",
-        "middle_block_out.0": "controlnet_mid_block",
-        "input_hint_block.0": "controlnet_cond_embedding.conv_in",
-        "input_hint_block.14": "controlnet_cond_embedding.conv_out",
-    }
-    prefixes |= {f"input_hint_block.{2 * i + 2}": f"controlnet_cond_embedding.blocks.{i}" for i in range(6)}
-    prefixes |= {f"zero_convs.{i}.0": f"controlnet_down_blocks.{i}" for i in range(20)}
-    i = 1
-    for level, count in enumerate(res_blocks):
-        for block in range(count):
-            prefixes[f"input_blocks.{i}.0"] = f"down_blocks.{level}.resnets.{block}"
-            prefixes[f"input_blocks.{i}.1"] = f"down_blocks.{level}.attentions.{block}"
-            i += 1
-        prefixes[f"input_blocks.{i}.0"] = f"down_blocks.{level}.downsamplers.0"
-        prefixes[f"input_blocks.{i}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
-        i += 1
-    i = 0
-    for level, count in enumerate(reversed(res_blocks)):
-        for block in range(count + 1):
-            has_attention = f"output_blocks.{i}.1.norm.weight" in model.state_dict()
-            prefixes[f"output_blocks.{i}.0"] = f"up_blocks.{level}.resnets.{block}"
-            prefixes[f"output_blocks.{i}.1"] = f"up_blocks.{level}.attentions.{block}"
-            prefixes[f"output_blocks.{i}.{2 if has_attention else 1}"] = f"up_blocks.{level}.upsamplers.0"
-            i += 1
-    names = {}
-    for name in model.state_dict():
-        prefix = max((p for p in prefixes if name.startswith(p + ".")), key=len)
-        suffix = name.removeprefix(prefix)
-        for ours, theirs in RES_NAMES.items():
-            suffix = suffix.replace(f".{ours}.", f".{theirs}.")
-        names[name] = prefixes[prefix] + suffix
-    return names
+    names = module_names(model.arch)
+    return {name: rename(name, names) for name in model.state_dict()}
 
 
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -187,7 +140,8 @@ def assert_same(got: Tensor, want: Tensor, rtol: float = 1e-10) -> None:
     assert error <= rtol * largest.clamp(min=0.01), f"largest error {error:.3g}, largest value {largest:.3g}"
 
 
-def assert_same_gradients(ours: nn.Module, theirs: nn.Module, names: dict[str, str]) -> None:
+def assert_same_gradients(ours: UNet | ControlNet, theirs: nn.Module) -> None:
+    names = diffusers_names(ours)
     want = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         assert_same(parameter.grad, want[names[name]].grad)

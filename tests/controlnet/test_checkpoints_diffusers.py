@@ -10,6 +10,7 @@ from controlnet import checkpoints
 from controlnet.checkpoints import CheckpointError, diffusers, load_control, load_unet, vae
 from controlnet.controlnet import ControlNet
 from controlnet.unet import UNet
+from tests.controlnet import tiny
 from tests.controlnet.twins import BASE, CASES, controlnet_pair, unet_pair
 
 EQUAL_BLOCKS = [name for name, case in CASES.items() if len(set(case.res_blocks)) == 1]
@@ -70,18 +71,6 @@ def test_architecture_without_transformer_is_refused(tmp_path):
         diffusers.module_names(UNet(**params, out_channels=4).arch)
 
 
-def tiny_vae(levels: int = 2, blocks: int = 1, attention: bool = True) -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        block_out_channels=tuple(32 * (1 + level) for level in range(levels)),
-        layers_per_block=blocks,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        latent_channels=4,
-        mid_block_add_attention=attention,
-    )
-
-
 def original_vae_names(model: AutoencoderKL, blocks: int) -> dict[str, torch.Tensor]:
     """The model's tensors under latent-diffusion's names, written out from that code's module tree."""
     levels = len(model.config.block_out_channels)
@@ -111,7 +100,7 @@ def original_vae_names(model: AutoencoderKL, blocks: int) -> dict[str, torch.Ten
 
 @pytest.mark.parametrize(("levels", "blocks"), [(1, 1), (2, 1), (4, 2)])
 def test_vae_names(levels, blocks):
-    model = tiny_vae(levels, blocks)
+    model = tiny.vae(levels, blocks)
     original = original_vae_names(model, blocks)
     found, expected = vae.to_diffusers(original), model.state_dict()
     assert found.keys() == expected.keys()
@@ -121,7 +110,7 @@ def test_vae_names(levels, blocks):
 
 
 def test_vae_names_of_older_and_present_diffusers():
-    model = tiny_vae()
+    model = tiny.vae()
     older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
     def rename(name):
@@ -135,7 +124,7 @@ def test_vae_names_of_older_and_present_diffusers():
 
 
 def test_the_vae_of_a_whole_checkpoint(tmp_path):
-    model = tiny_vae()
+    model = tiny.vae()
     tensors = {f"first_stage_model.{name}": t.contiguous() for name, t in original_vae_names(model, 1).items()}
     save_file(tensors | {"model.diffusion_model.input_blocks.0.0.bias": torch.ones(1)}, tmp_path / "x.safetensors")
     assert checkpoints.parts(tmp_path / "x.safetensors") == ["first_stage", "unet"]

@@ -53,8 +53,8 @@ def build_conditioning(config: Mapping[str, Any], *, weights: bool = True) -> Co
     stages = {}
     path = config["ckpt_path"] if weights and not config["load_only_unet"] else None
     parts = checkpoints.parts(path) if path else ()
-    for part, flag in (("first_stage", "load_vae"), ("cond_stage", "load_encoder")):
-        key = f"{part}_config"
+    for key, flag in (("first_stage_config", "load_vae"), ("cond_stage_config", "load_encoder")):
+        part = key.removesuffix("_config")
         node = dict(_node(config, key))
         if not weights:
             node.pop("from_pretrained", None)

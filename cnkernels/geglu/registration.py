@@ -1,6 +1,7 @@
 """torch.ops.cnkernels.geglu and its backward: schema, validation, fake kernels, autograd."""
 
 import torch
+from torch import Tensor
 
 from cnkernels import dispatch, register
 from cnkernels.errors import expect
@@ -8,17 +9,22 @@ from cnkernels.errors import expect
 _NAME = "geglu"
 
 
-def _validate(projected):
+def _validate(projected: Tensor) -> None:
     register.expect_floating(_NAME, "projected", projected)
     fits = projected.dim() >= 1 and projected.shape[-1] % 2 == 0
     expect(fits, _NAME, "projected", "[..., 2C], its last dimension even", f"shape {list(projected.shape)}")
+
+
+def _adjacent(t: Tensor) -> Tensor:
+    """`t` with its last dimension contiguous, copied only if it is not."""
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _forward(projected):
     _validate(projected)
     if projected.numel() == 0:
         return _fake_forward(projected)
-    return dispatch.implementation(_NAME, projected).geglu_fwd(projected.contiguous())
+    return dispatch.implementation(_NAME, projected).geglu_fwd(_adjacent(projected))
 
 
 def _fake_forward(projected):
@@ -29,7 +35,7 @@ def _fake_forward(projected):
 def _backward(dout, projected):
     if projected.numel() == 0:
         return _fake_backward(dout, projected)
-    return dispatch.implementation(_NAME, projected).geglu_bwd(dout.contiguous(), projected.contiguous())
+    return dispatch.implementation(_NAME, projected).geglu_bwd(_adjacent(dout), _adjacent(projected))
 
 
 def _fake_backward(dout, projected):

@@ -34,6 +34,10 @@ CAPABILITIES = {
     ("group_norm_silu", "reference"): Capability(_ALL),
     ("zero_conv_add", "reference"): Capability(_ALL),
     ("geglu", "reference"): Capability(_ALL),
+    ("attention", "triton"): Capability(_NARROW, compute_capability=(8, 0), head_dims=range(1, 257)),
+    ("group_norm_silu", "triton"): Capability(_NARROW, compute_capability=(8, 0)),
+    ("zero_conv_add", "triton"): Capability(_NARROW, compute_capability=(8, 0)),
+    ("geglu", "triton"): Capability(_NARROW, compute_capability=(8, 0)),
 }
 
 

@@ -157,6 +157,13 @@ def test_activation_checkpointing(transformer):
     assert saved[1] < saved[0] / 2
 
 
+def test_dropout_acts_in_training_alone():
+    plain, dropping = (randomise(UNet(**SMALL, dropout=p)) for p in (0.0, 0.3))
+    inputs = small_inputs()
+    assert (dropping(*inputs) - plain(*inputs)).abs().max() > 0.01
+    assert torch.equal(dropping.eval()(*inputs), plain(*inputs))
+
+
 @contextlib.contextmanager
 def record_layouts(model: nn.Module, wrong: list[str], memory_format: torch.memory_format):
     def check(name):

@@ -9,8 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from controlnet import checkpoints
+from controlnet.config import nearest
 from controlnet.config import precision as precision_name
 
+DDCONFIG = (
+    "ch", "ch_mult", "num_res_blocks", "z_channels", "in_channels", "out_ch", "attn_resolutions", "resolution",
+    "double_z", "dropout",
+)  # fmt: skip
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -120,8 +125,10 @@ class AutoencoderKL(nn.Module):
         from_pretrained: a diffusers folder (of the VAE, or of a pipeline, whose `vae` is taken); or a file
             (.safetensors, .bin, .ckpt) with the VAE's weights in diffusers' or the original's layout, or a whole Stable
             Diffusion checkpoint (`first_stage_model.*`). None leaves random weights.
-        ddconfig: architecture, by the original's names: ch, ch_mult, num_res_blocks, z_channels, in_channels, out_ch.
-            Not read for a folder, which has its own. `resolution`, `double_z` and `dropout` have no effect.
+        ddconfig: architecture, by the original's names: ch, ch_mult, num_res_blocks, z_channels, in_channels, out_ch,
+            and attn_resolutions, which must be empty. Not read for a folder, which has its own. `resolution` (any size
+            works), `double_z` (the encoder always gives mean and variance) and `dropout` (it is never trained) have
+            no effect.
         embed_dim: channels of the latent.
         precision: "fp32", "fp16" or "bf16" (and their usual spellings). Stable Diffusion's VAE overflows in fp16.
     Raises ImportError without diffusers; CheckpointError or FileNotFoundError for the weights; ValueError for an
@@ -329,6 +336,9 @@ def _model_folder(path: str | None, part: str) -> Path | None:
 
 def _vae_architecture(ddconfig: Mapping[str, Any], embed_dim: int) -> dict[str, Any]:
     """diffusers' arguments for an autoencoder described by the original's names."""
+    for key in ddconfig:
+        if key not in DDCONFIG:
+            raise ValueError(f"ddconfig.{key} is not a known key; the nearest is ddconfig.{nearest(key, DDCONFIG)}")
     if ddconfig.get("attn_resolutions"):
         raise ValueError(
             f"ddconfig.attn_resolutions is {list(ddconfig['attn_resolutions'])}; expected none (attention is in the"

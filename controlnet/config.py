@@ -112,7 +112,8 @@ def instantiate(node: Mapping[str, Any], **extra: Any) -> Any:
     Arguments:
         node: mapping with `_target_` (this package's name, NeMo's, the original's) and the call's arguments.
         extra: further arguments, which win over the node's.
-    Raises ConfigError for an unknown target or an argument that it does not take, naming the nearest.
+    Raises ConfigError for an unknown target or an argument that it does not take, naming the nearest, and for an
+        argument that it wants and does not get.
     """
     tree = _canonical_tree(_plain(node))
     if "_target_" not in tree:
@@ -127,6 +128,9 @@ def instantiate(node: Mapping[str, Any], **extra: Any) -> Any:
             raise ConfigError(
                 f"{canonical_target(name)} takes no argument {key!r}; the nearest is {nearest(key, known)}"
             )
+    missing = [key for key, parameter in known.items() if parameter.default is parameter.empty and key not in arguments]
+    if missing:
+        raise ConfigError(f"{canonical_target(name)} wants a value for {', '.join(missing)}")
     return import_target(name)(**arguments)
 
 
@@ -152,10 +156,10 @@ def _imported(name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), attribute)
 
 
-def target_arguments(name: str) -> list[str]:
+def target_arguments(name: str) -> Mapping[str, inspect.Parameter]:
     """The arguments that a target takes."""
     name = canonical_target(name)
-    return list(inspect.signature(_imported(PARAMETERS.get(name, name))).parameters)
+    return inspect.signature(_imported(PARAMETERS.get(name, name))).parameters
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

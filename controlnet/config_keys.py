@@ -224,6 +224,7 @@ ONLY: dict[str, tuple[Any, str]] = {
 
 # Accepted so that other systems' files run as they are; loading names those that a file sets, once.
 NO_EFFECT: dict[str, str] = {
+    "name": "only for interpolation; exp_manager.name names the run",
     "run": "the launcher's own section",
     "trainer.logger": "exp_manager decides what is logged",
     "trainer.enable_checkpointing": "exp_manager decides what is saved",
@@ -319,6 +320,7 @@ TARGETS: dict[str, str] = {
     _NEMO_SD + "encoders.modules.FrozenCLIPEmbedder": "controlnet.conditioning.CLIPTextEncoder",
     _NEMO_SD + "encoders.modules.FrozenOpenCLIPEmbedder": "controlnet.conditioning.CLIPTextEncoder",
     "diffusers.AutoencoderKL": "controlnet.conditioning.AutoencoderKL",
+    "transformers.CLIPTextModel": "controlnet.conditioning.CLIPTextEncoder",
 }
 for _package in (_NEMO, _NEMO + "text_to_image."):
     TARGETS[_package + "controlnet.controlnet.ControlLDM"] = "controlnet.diffusion.ControlledUNet"

@@ -14,7 +14,7 @@ from controlnet.config import ConfigError
 from controlnet.diffusion import DiffusionLoss, NoiseSchedule
 from controlnet.unet import UNet
 from tests.controlnet import tiny
-from tests.controlnet.test_checkpoints import randomised
+from tests.controlnet.tiny import randomised
 
 RECIPE = Path(config.__file__).parent / "configs" / "sd15_seg.yaml"
 CONTROL_ONLY = ("zero_convs.", "input_hint_block.", "middle_block_out.")
@@ -171,6 +171,44 @@ def test_stages_of_a_whole_checkpoint(tmp_path):
     assert torch.equal(build_conditioning(small(path)).context(["red"]), 2 * embedder(["red"]))
     without = build_conditioning(small(path, "model.load_encoder=False"))
     assert torch.equal(without.context(["red"]), embedder(["red"]))
+
+
+def test_a_configuration_of_the_original_with_one_file_for_everything(tmp_path):
+    """`target`, `params`, no `from_pretrained`: U-Net, ControlNet, VAE and text encoder all come from ckpt_path."""
+    net = {key: value for key, value in NET.items() if key != "in_channels"} | {"in_channels": 4, "context_dim": 16}
+    ddconfig = {"double_z": True, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "z_channels": 4, "resolution": 256}
+    hint = {"hint_channels": 3, "hint_block_channels": [8, 16]}
+    clip = tiny.clip_folder(tmp_path / "clip")
+    document = {
+        "target": "cldm.cldm.ControlLDM",
+        "params": {
+            "ckpt_path": f"{tmp_path}/all.ckpt",
+            "unet_config": {"target": "cldm.cldm.ControlledUnetModel", "params": net | {"out_channels": 4}},
+            "control_stage_config": {"target": "cldm.cldm.ControlNet", "params": net | hint},
+            "first_stage_config": {
+                "target": "ldm.models.autoencoder.AutoencoderKL",
+                "params": {"embed_dim": 4, "ddconfig": ddconfig, "lossconfig": {"target": "torch.nn.Identity"}},
+            },
+            "cond_stage_config": {
+                "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+                "params": {"version": f"{tmp_path}/clip", "max_length": 8},
+            },
+        },
+    }
+    model_config = config.compose({"model": document}).model
+    want = randomised(build_model(model_config, weights=False), seed=5)
+    vae = tiny.vae()
+    with torch.no_grad():
+        clip.final_layer_norm.bias.add_(1)
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in want.unet.state_dict().items()}
+    tensors |= {f"control_model.{name}": tensor for name, tensor in want.control.state_dict().items()}
+    tensors |= {f"first_stage_model.{name}": tensor for name, tensor in tiny.original_vae_names(vae, 1).items()}
+    tensors |= {f"cond_stage_model.transformer.text_model.{name}": tensor for name, tensor in clip.state_dict().items()}
+    torch.save({"state_dict": tensors}, tmp_path / "all.ckpt")
+    model, conditioning = build_model(model_config), build_conditioning(model_config)
+    assert_same(model, want)
+    assert_same(conditioning.first_stage.vae, vae)
+    assert_same(conditioning.cond_stage.encoder, clip)
 
 
 @pytest.mark.parametrize("sd_locked", [True, False])

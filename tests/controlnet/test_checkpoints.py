@@ -16,6 +16,7 @@ from controlnet import checkpoints
 from controlnet.checkpoints import CheckpointError, layouts, load_control, load_unet, nemo
 from controlnet.controlnet import ControlNet
 from controlnet.unet import UNet
+from tests.controlnet.tiny import randomised
 
 SMALL = {
     "in_channels": 4,
@@ -29,13 +30,6 @@ SMALL = {
     "legacy": False,
 }
 CONTROL_ONLY = ("zero_convs.", "input_hint_block.", "middle_block_out.")
-
-
-def randomised(model: nn.Module, seed: int) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.data.normal_(generator=generator)
-    return model
 
 
 def unet(seed: int = 0, **params) -> UNet:

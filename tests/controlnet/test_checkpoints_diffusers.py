@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors.torch import save_file
 
@@ -71,37 +70,10 @@ def test_architecture_without_transformer_is_refused(tmp_path):
         diffusers.module_names(UNet(**params, out_channels=4).arch)
 
 
-def original_vae_names(model: AutoencoderKL, blocks: int) -> dict[str, torch.Tensor]:
-    """The model's tensors under latent-diffusion's names, written out from that code's module tree."""
-    levels = len(model.config.block_out_channels)
-    table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
-    for half in ("encoder", "decoder"):
-        table |= {f"{half}.{name}": f"{half}.{name}" for name in ("conv_in", "conv_out")}
-        table |= {f"{half}.conv_norm_out": f"{half}.norm_out", f"{half}.mid_block.attentions.0": f"{half}.mid.attn_1"}
-        table |= {f"{half}.mid_block.resnets.{i}": f"{half}.mid.block_{i + 1}" for i in range(2)}
-    for level in range(levels):
-        up = levels - 1 - level
-        table |= {f"encoder.down_blocks.{level}.resnets.{i}": f"encoder.down.{level}.block.{i}" for i in range(blocks)}
-        table |= {f"decoder.up_blocks.{level}.resnets.{i}": f"decoder.up.{up}.block.{i}" for i in range(blocks + 1)}
-        table[f"encoder.down_blocks.{level}.downsamplers.0"] = f"encoder.down.{level}.downsample"
-        table[f"decoder.up_blocks.{level}.upsamplers.0"] = f"decoder.up.{up}.upsample"
-    inner = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-    renamed = {}
-    for name, tensor in model.state_dict().items():
-        head = max((head for head in table if name.startswith(head + ".")), key=len)
-        rest = name.removeprefix(head).replace("conv_shortcut", "nin_shortcut")
-        if "attentions" in head:
-            piece = max((piece for piece in inner if rest.startswith(f".{piece}.")), key=len)
-            rest = rest.replace(f".{piece}.", f".{inner[piece]}.")
-            tensor = tensor[:, :, None, None] if tensor.dim() == 2 else tensor
-        renamed[table[head] + rest] = tensor
-    return renamed
-
-
 @pytest.mark.parametrize(("levels", "blocks"), [(1, 1), (2, 1), (4, 2)])
 def test_vae_names(levels, blocks):
     model = tiny.vae(levels, blocks)
-    original = original_vae_names(model, blocks)
+    original = tiny.original_vae_names(model, blocks)
     found, expected = vae.to_diffusers(original), model.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -125,7 +97,7 @@ def test_vae_names_of_older_and_present_diffusers():
 
 def test_the_vae_of_a_whole_checkpoint(tmp_path):
     model = tiny.vae()
-    tensors = {f"first_stage_model.{name}": t.contiguous() for name, t in original_vae_names(model, 1).items()}
+    tensors = {f"first_stage_model.{name}": t.contiguous() for name, t in tiny.original_vae_names(model, 1).items()}
     save_file(tensors | {"model.diffusion_model.input_blocks.0.0.bias": torch.ones(1)}, tmp_path / "x.safetensors")
     assert checkpoints.parts(tmp_path / "x.safetensors") == ["first_stage", "unet"]
     found = checkpoints.part_tensors(tmp_path / "x.safetensors", "first_stage")

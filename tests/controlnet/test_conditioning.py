@@ -156,6 +156,8 @@ def test_bad_vae_files(tmp_path):
         AutoencoderKL(str(tmp_path / "vae.safetensors"), ddconfig={**TINY_VAE, "ch": 64})
     with pytest.raises(ValueError, match=r"attn_resolutions is \[16\]"):
         AutoencoderKL(ddconfig={**TINY_VAE, "attn_resolutions": [16]})
+    with pytest.raises(ValueError, match=r"ddconfig\.ch_mlt is not a known key; the nearest is ddconfig\.ch_mult"):
+        AutoencoderKL(ddconfig={"ch_mlt": [1, 2]})
     with pytest.raises(ValueError, match="z_channels is 4; expected embed_dim, 8"):
         AutoencoderKL(ddconfig=TINY_VAE, embed_dim=8)
 

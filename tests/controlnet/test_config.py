@@ -364,6 +364,10 @@ def test_instantiate_drops_what_has_no_effect_and_refuses_the_rest():
         config.instantiate({"_target_": "controlnet.conditioning.SpaceToDepth", "factr": 4})
     with pytest.raises(ConfigError, match="os.system"):
         config.instantiate({"_target_": "os.system", "command": "true"})
+    with pytest.raises(ConfigError, match="SpaceToDepth wants a value for factor"):
+        config.instantiate({"_target_": "controlnet.conditioning.SpaceToDepth"})
+    with pytest.raises(ConfigError, match="UNet wants a value for .*model_channels"):
+        config.instantiate({"_target_": "controlnet.unet.UNet", "in_channels": 4})
     with pytest.raises(ConfigError, match="no _target_"):
         config.instantiate({"factor": 4})
 

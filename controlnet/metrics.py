@@ -35,7 +35,6 @@ class MetricLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         self._drop_after(resumed_step)
-        self._file = open(self.path, "a", encoding="utf-8")
         self._board = None
         if tensorboard:
             try:
@@ -66,8 +65,8 @@ class MetricLog:
         """Appends a row; `step` is its key."""
         # JSON has no NaN; a metric that is not finite is null, which every reader takes.
         finite = {key: value if value == value and abs(value) != float("inf") else None for key, value in row.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
         if self._board is not None:
             for key, value in row.items():
                 if key != "step":
@@ -79,7 +78,6 @@ class MetricLog:
             self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
-        self._file.close()
         if self._board is not None:
             self._board.close()
 

@@ -249,6 +249,7 @@ class Trainer:
             return
         self.skipped_in_a_row += 1
         record = {"after_step": self.step, "loss_is_finite": not own_loss_broke, "keys": keys}
+        self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / f"nonfinite-rank{self.world.rank}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self.skipped_in_a_row >= self.cfg.trainer.max_skipped_steps:

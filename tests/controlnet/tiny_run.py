@@ -1,5 +1,7 @@
 """A run small enough for a test: two-level U-Net, lossless first stage, word embeddings, made-up data."""
 
+import json
+
 import torch
 
 from controlnet import build, config
@@ -102,13 +104,34 @@ def trainer(cfg, world=None, *, streams=None, loader=Loader, stop=None, awake=Tr
         with torch.no_grad():
             for parameter in model.parameters():
                 if not parameter.any():
-                    parameter.normal_(std=0.05)
+                    parameter.copy_(0.05 * torch.randn(parameter.shape))  # the same in every memory format
 
     def make_loader(position):
         return loader(cfg.model.micro_batch_size, world.rank, world.size, start=position)
 
     conditioning = build.build_conditioning(cfg.model)
     return Trainer(cfg, world, model, conditioning, make_loader, stop or StopRequest(), streams)
+
+
+# Adam whose update is nearly linear in the gradient: rounding stays rounding, where the usual eps would turn the sign
+# of a gradient that is all rounding into a whole step. For comparing two ways to compute the same thing.
+LINEAR = ["optim.eps=1", "optim.lr=1"]
+
+
+def assert_same_weights(first, theirs):
+    """A run with LINEAR ended with these weights, up to the rounding of float32 sums."""
+    start = weights(trainer(first.cfg))
+    moved = [(tensor - start[name]).abs().max() for name, tensor in weights(first).items()]
+    assert max(moved) > 1e-3  # hundreds of times what is tolerated below
+    ours = weights(first)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.allclose(tensor, theirs[name], atol=3e-6, rtol=1e-5), (name, (tensor - theirs[name]).abs().max())
+
+
+def rows(folder):
+    """The rows of a run's metrics."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(run):

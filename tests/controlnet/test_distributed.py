@@ -1,0 +1,193 @@
+"""Two ranks over gloo, as real processes: they are one run, agree on everything, and end together."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from controlnet import training_state
+from controlnet.randomness import RandomStreams
+from tests.controlnet import tiny_run
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="PyTorch was built without gloo")
+SCRIPT = os.path.join(os.path.dirname(__file__), "rank.py")
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture
+def environment(pytestconfig):
+    root = str(pytestconfig.rootpath)
+    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+@pytest.fixture
+def run_two(environment):
+    """Runs both ranks to their end; returns exit codes and outputs."""
+
+    def run(folder, job, *overrides, timeout=240):
+        folder.mkdir(parents=True, exist_ok=True)
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, SCRIPT, str(folder), job, *overrides],
+                env={**environment, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        outputs = [process.communicate(timeout=timeout)[0] for process in ranks]
+        return [process.returncode for process in ranks], outputs
+
+    return run
+
+
+def results(folder):
+    return [torch.load(folder / f"result-rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+class BothRanks(RandomStreams):
+    """The streams of ranks 0 and 1 of a job of two, each for its half of a doubled batch."""
+
+    def __init__(self, seed):
+        super().__init__(seed, 0, "cpu")
+        self.ranks = [RandomStreams(seed, rank, "cpu") for rank in range(2)]
+
+    def noise_and_timesteps(self, latents, timesteps):
+        halves = zip(self.ranks, latents.chunk(2), strict=True)
+        drawn = [rank.noise_and_timesteps(half, timesteps) for rank, half in halves]
+        return tuple(torch.cat(parts) for parts in zip(*drawn, strict=True))
+
+    def drop_prompts(self, captions, rate):
+        half = len(captions) // 2
+        return [
+            caption
+            for rank, part in zip(self.ranks, (captions[:half], captions[half:]), strict=True)
+            for caption in rank.drop_prompts(part, rate)
+        ]
+
+
+@pytest.mark.parametrize("variant", ["locked", "decoder", "only mid control, micro-batches"])
+def test_two_ranks_equal_one_with_the_double_batch(tmp_path, run_two, variant):
+    """Same samples, same noise, same dropped prompts, same weights after 5 steps up to rounding."""
+    overrides = {
+        "locked": ["exp_manager.ema.enable=True"],
+        "decoder": ["model.sd_locked=False", "trainer.gradient_clip_val=0.1"],
+        "only mid control, micro-batches": ["model.only_mid_control=True", "trainer.accumulate_grad_batches=2"],
+    }[variant]
+    options = ["trainer.max_steps=5", *tiny_run.LINEAR, *overrides]
+    codes, outputs = run_two(tmp_path / "two", "train", *options)
+    assert codes == [0, 0], outputs
+    first, second = results(tmp_path / "two")
+    for name, tensor in first["weights"].items():
+        assert torch.equal(tensor, second["weights"][name]), name
+
+    cfg = tiny_run.configuration(tmp_path / "one", "model.micro_batch_size=4", *options)
+    one = tiny_run.trainer(cfg, streams=BothRanks(cfg.model.seed))
+    one.fit()
+    assert one.images_seen == first["seen"] == 20 * one.accumulate
+    tiny_run.assert_same_weights(one, first["weights"])
+    rows = [tiny_run.rows(tmp_path / name) for name in ("two", "one")]
+    for key in ("loss", "gradient_norm"):
+        assert [row[key] for row in rows[0]] == pytest.approx([row[key] for row in rows[1]], rel=1e-5)
+    assert [row["images_seen"] for row in rows[0]] == [row["images_seen"] for row in rows[1]]
+
+
+def test_resumed_on_two_ranks(tmp_path, run_two):
+    overrides = ["exp_manager.resume_if_exists=True", "model.sd_locked=False"]
+    assert run_two(tmp_path / "whole", "train", *overrides, "trainer.max_steps=4")[0] == [0, 0]
+    assert run_two(tmp_path / "parts", "train", *overrides, "trainer.max_steps=2")[0] == [0, 0]
+    checkpoint = tmp_path / "parts" / "checkpoints" / "step-00000002"
+    assert training_state.fault(checkpoint) is None
+    positions = [torch.load(checkpoint / f"rng-rank{rank}.pt", weights_only=True)["streams"] for rank in range(2)]
+    assert not torch.equal(positions[0]["generator"], positions[1]["generator"])
+    assert run_two(tmp_path / "parts", "train", *overrides, "trainer.max_steps=4")[0] == [0, 0]
+    whole, parts = results(tmp_path / "whole"), results(tmp_path / "parts")
+    for rank in range(2):
+        for name, tensor in whole[rank]["weights"].items():
+            assert torch.equal(tensor, parts[rank]["weights"][name]), name
+
+
+def test_bad_numbers_on_one_rank_skip_the_step_on_both(tmp_path, run_two):
+    codes, outputs = run_two(tmp_path, "nan")
+    assert codes == [0, 0], outputs
+    first, second = results(tmp_path)
+    assert (first["step"], first["skipped"]) == (second["step"], second["skipped"]) == (3, 1)
+    for name, tensor in first["weights"].items():
+        assert torch.equal(tensor, second["weights"][name]) and bool(torch.isfinite(tensor).all()), name
+    records = [json.loads((tmp_path / f"nonfinite-rank{rank}.jsonl").read_text()) for rank in range(2)]
+    assert [record["loss_is_finite"] for record in records] == [True, False]
+
+
+def test_ranks_with_different_settings_do_not_start(tmp_path, run_two):
+    codes, outputs = run_two(tmp_path, "differ")
+    assert 0 not in codes
+    for output in outputs:
+        assert "the ranks of this job differ: the configuration (sha256) is" in output
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(tmp_path, run_two):
+    codes, outputs = run_two(tmp_path, "signal rank 1", "trainer.max_steps=1000")
+    assert codes == [0, 0], outputs
+    assert [result["stopped"] for result in results(tmp_path)] == [True, True]
+    assert [result["step"] for result in results(tmp_path)] == [1, 1]
+    assert training_state.fault(tmp_path / "checkpoints" / "step-00000001") is None
+
+
+def test_both_ranks_draw_the_grid(tmp_path, run_two):
+    options = ["model.image_logger.max_images=3", "model.image_logger.batch_frequency=2", "trainer.max_steps=2"]
+    codes, outputs = run_two(tmp_path, "train", *options)
+    assert codes == [0, 0], outputs
+    picture = np.asarray(Image.open(tmp_path / "images" / "step-00000002.png"))
+    assert picture.shape == (4 * (16 + 14 + 4) + 4, 4 * (16 + 4) + 4, 3)  # 2 images of each rank
+    for column, number in enumerate((4, 5, 6, 7)):  # batch 1 of rank 0, then of rank 1
+        hint = picture[18:34, 4 + 20 * column : 20 + 20 * column]
+        assert np.array_equal(hint, (tiny_run.sample(number)[1] * 255).byte().permute(1, 2, 0).numpy())
+
+
+def torchrun(environment, folder, job, *overrides):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
+    return subprocess.Popen(
+        [*command, str(folder), job, *overrides],
+        env={**environment, "ANNOUNCE": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_an_exception_on_one_rank_ends_the_job_with_an_error(tmp_path, environment):
+    process = torchrun(environment, tmp_path, "fail", "trainer.max_steps=1000")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert "no such sample" in output
+    assert not (tmp_path / "result-rank0.pt").exists()
+
+
+def test_sigterm_to_torchrun_saves_and_ends(tmp_path, environment):
+    process = torchrun(environment, tmp_path, "announce", "trainer.max_steps=100000")
+    deadline = time.monotonic() + 200
+    while not all((tmp_path / f"rank{rank}").exists() for rank in range(2)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    first, second = results(tmp_path)
+    assert first["stopped"] and second["stopped"] and first["step"] == second["step"] > 0
+    newest = training_state.newest_complete(tmp_path / "checkpoints")
+    assert newest.name == training_state.folder_name(first["step"])

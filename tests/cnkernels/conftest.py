@@ -1,4 +1,4 @@
-"""Every op test runs with uninitialised memory poisoned, and without a GPU under Triton's interpreter."""
+"""Every op test runs with uninitialised memory poisoned, and without a GPU on Triton's interpreter and csrc/host."""
 
 import os
 
@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from cnkernels import extension
+from tests.cnkernels import host_build
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, hence before any is imported
+    if host_build.COMPILER is not None:
+        extension.load_host(host_build.build())
 
 
 @pytest.fixture(autouse=True)

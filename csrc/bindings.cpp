@@ -1,0 +1,108 @@
+// The Python module: plain structs of addresses and sizes in, launches out. No PyTorch header, hence one build for every
+// version of it. The same file makes cnkernels._C (nvcc) and the CPU execution that the tests load (g++, CNK_HOST).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "launchers.h"
+
+#ifdef CNK_HOST
+#include "host/execution.h"
+#endif
+
+namespace py = pybind11;
+using namespace cnk;
+
+namespace {
+
+// Struct(field=value, ...) in Python; an unknown field is an AttributeError.
+template <class S>
+py::class_<S> bind_struct(py::module_& module, const char* name) {
+  py::class_<S> type(module, name);
+  type.def(py::init([type](const py::kwargs& fields) {
+    S value{};
+    py::object view = py::cast(&value, py::return_value_policy::reference);
+    for (auto field : fields) {
+      if (!py::hasattr(view, field.first))
+        throw py::attribute_error(py::str(field.first).cast<std::string>() + " is no field of this struct");
+      py::setattr(view, field.first, field.second);
+    }
+    return value;
+  }));
+  return type;
+}
+
+void bind_group_norm_silu(py::module_& module) {
+  bind_struct<ChannelTensor>(module, "ChannelTensor")
+      .def_readwrite("address", &ChannelTensor::address)
+      .def_readwrite("is_float", &ChannelTensor::is_float);
+  bind_struct<GroupNormCut>(module, "GroupNormCut")
+      .def_readwrite("samples", &GroupNormCut::samples)
+      .def_readwrite("channels", &GroupNormCut::channels)
+      .def_readwrite("positions", &GroupNormCut::positions)
+      .def_readwrite("groups", &GroupNormCut::groups)
+      .def_readwrite("span", &GroupNormCut::span)
+      .def_readwrite("splits", &GroupNormCut::splits)
+      .def_readwrite("threads", &GroupNormCut::threads)
+      .def_readwrite("channels_last", &GroupNormCut::channels_last)
+      .def_readwrite("vectors", &GroupNormCut::vectors)
+      .def_readwrite("cluster", &GroupNormCut::cluster);
+  bind_struct<GroupNormForward>(module, "GroupNormForward")
+      .def_readwrite("dtype", &GroupNormForward::dtype)
+      .def_readwrite("cut", &GroupNormForward::cut)
+      .def_readwrite("x", &GroupNormForward::x)
+      .def_readwrite("y", &GroupNormForward::y)
+      .def_readwrite("mean", &GroupNormForward::mean)
+      .def_readwrite("rstd", &GroupNormForward::rstd)
+      .def_readwrite("partial", &GroupNormForward::partial)
+      .def_readwrite("weight", &GroupNormForward::weight)
+      .def_readwrite("bias", &GroupNormForward::bias)
+      .def_readwrite("addend", &GroupNormForward::addend)
+      .def_readwrite("eps", &GroupNormForward::eps)
+      .def_readwrite("silu", &GroupNormForward::silu);
+  bind_struct<GroupNormBackward>(module, "GroupNormBackward")
+      .def_readwrite("dtype", &GroupNormBackward::dtype)
+      .def_readwrite("cut", &GroupNormBackward::cut)
+      .def_readwrite("x", &GroupNormBackward::x)
+      .def_readwrite("dy", &GroupNormBackward::dy)
+      .def_readwrite("dx", &GroupNormBackward::dx)
+      .def_readwrite("mean", &GroupNormBackward::mean)
+      .def_readwrite("rstd", &GroupNormBackward::rstd)
+      .def_readwrite("partial", &GroupNormBackward::partial)
+      .def_readwrite("group_sums", &GroupNormBackward::group_sums)
+      .def_readwrite("channel_partial", &GroupNormBackward::channel_partial)
+      .def_readwrite("weight", &GroupNormBackward::weight)
+      .def_readwrite("bias", &GroupNormBackward::bias)
+      .def_readwrite("addend", &GroupNormBackward::addend)
+      .def_readwrite("dweight", &GroupNormBackward::dweight)
+      .def_readwrite("dbias", &GroupNormBackward::dbias)
+      .def_readwrite("daddend", &GroupNormBackward::daddend)
+      .def_readwrite("silu", &GroupNormBackward::silu);
+  module.def("group_norm_silu_fwd", &group_norm_silu_fwd);
+  module.def("group_norm_silu_bwd", &group_norm_silu_bwd);
+  module.def("group_norm_silu_fwd_shared", &group_norm_silu_fwd_shared);
+  module.def("group_norm_silu_bwd_shared", &group_norm_silu_bwd_shared);
+}
+
+#ifdef CNK_HOST
+// The kernels of the next calls may touch these (address, bytes) and nothing else.
+void watch(const std::vector<std::pair<uintptr_t, size_t>>& tensors) {
+  host::extents().clear();
+  for (const auto& [address, bytes] : tensors) host::extents().push_back({address, address + bytes});
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(CNK_MODULE, module) {
+  py::enum_<Dtype>(module, "Dtype")
+      .value("float32", Dtype::float32)
+      .value("float16", Dtype::float16)
+      .value("bfloat16", Dtype::bfloat16);
+  bind_struct<Place>(module, "Place").def_readwrite("device", &Place::device).def_readwrite("stream", &Place::stream);
+  bind_group_norm_silu(module);
+#ifdef CNK_HOST
+  module.def("watch", &watch);
+#else
+  module.attr("architectures") = CNK_ARCHITECTURES;
+#endif
+}

@@ -188,16 +188,17 @@ class ControlledUNet(nn.Module):
                 The number 0 skips the ControlNet altogether.
         """
         with torch.no_grad():
-            h, skips = self.unet.encode(x, timesteps, context)
+            embedding = self.unet.embed(timesteps)
+            h, skips = self.unet.encode(x, timesteps, context, embedding=embedding)
         uncontrolled = hint is None and guided_hint is None
         if uncontrolled or (isinstance(scales, (int, float)) and scales == 0):
-            return self.unet.decode(h, skips, None, timesteps, context)
+            return self.unet.decode(h, skips, None, timesteps, context, embedding=embedding)
         controlled = self.control(
             x, hint, timesteps, context, residuals=[*skips, h], scales=scales, guided_hint=guided_hint
         )
         if not self.only_mid_control:
             skips = controlled[:-1]
-        return self.unet.decode(controlled[-1], skips, None, timesteps, context)
+        return self.unet.decode(controlled[-1], skips, None, timesteps, context, embedding=embedding)
 
 
 class DiffusionLoss(nn.Module):

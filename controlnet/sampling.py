@@ -180,6 +180,7 @@ def sample_with_scheduler(
     steps: int,
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
+    x_T: Tensor | None = None,
     progress: Callable[[Sequence[int]], Sequence[int]] = lambda order: order,
 ) -> Tensor:
     """Latents sampled by a diffusers scheduler around `guided`'s prediction, float32 of `shape`.
@@ -188,11 +189,13 @@ def sample_with_scheduler(
         scheduler: a diffusers SchedulerMixin made with the betas and prediction type of the model's noise schedule.
         predict: from `guided`.
         steps: number of inference steps asked of the scheduler; some evaluate the model more often.
+        x_T: [N, C, h, w] standard normal initial noise instead of a drawn one.
     """
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": generator} if takes_generator else {}
     scheduler.set_timesteps(steps, device=device)
-    x = _randn(shape, generator, torch.device(device)) * scheduler.init_noise_sigma
+    x = _randn(shape, generator, torch.device(device)) if x_T is None else x_T.to(device)
+    x = x.float() * scheduler.init_noise_sigma
     for t in progress(scheduler.timesteps):
         # Samplers that work on noise levels (Euler) may ask for a timestep between two; the model takes whole ones.
         whole = t.round().to(torch.int64).expand(x.shape[0]).to(device)

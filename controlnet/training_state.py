@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 CHECKPOINTS = "checkpoints"  # folder of a run
 MANIFEST = "manifest.json"
+AVERAGE = "ema.safetensors"
 CONTROL_PREFIX, UNET_PREFIX = "control_model.", "model.diffusion_model."
 
 
@@ -206,6 +207,23 @@ def load_model(model: ControlledUNet, path: Path) -> None:
             tensor.copy_(saved[key])
 
 
+def _read_average(model: ControlledUNet, path: Path) -> dict[str, Tensor]:
+    """The averaged weights of a checkpoint under the model's names."""
+    saved = load_file(path / AVERAGE)
+    own = {prefixed(name): name for name in _trainable_names(model)}
+    for key in sorted(own.keys() ^ saved.keys()):
+        raise CheckpointError(f"{path / AVERAGE} does not fit the model, which trains other weights: {key}")
+    return {own[key]: tensor for key, tensor in saved.items()}
+
+
+@torch.no_grad()
+def load_average(model: ControlledUNet, path: Path) -> None:
+    """Puts the averaged weights of a checkpoint into the model, after `load_model`."""
+    weights = dict(model.named_parameters())
+    for name, tensor in _read_average(model, path).items():
+        weights[name].copy_(tensor)
+
+
 def random_state(device: torch.device) -> dict[str, Any]:
     """The global random generators of this process: Python, NumPy, PyTorch and its GPU."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
@@ -251,7 +269,7 @@ def save(trainer: "Trainer", ranks: Sequence[Mapping[str, Any]]) -> Path:
     files = model_files(trainer.model)
     if trainer.average is not None:
         averages = {prefixed(name): tensor for name, tensor in trainer.average.averages.items()}
-        files["ema.safetensors"] = functools.partial(save_tensors, averages)
+        files[AVERAGE] = functools.partial(save_tensors, averages)
     files["state.pt"] = functools.partial(torch.save, shared)
     for rank, of_rank in enumerate(ranks):
         files[f"rng-rank{rank}.pt"] = functools.partial(torch.save, of_rank)
@@ -319,9 +337,8 @@ def load(trainer: "Trainer", path: Path) -> Any:
     if trainer.average is not None:
         if shared["average_updates"] is None:
             raise CheckpointError(f"{path} holds no average; set exp_manager.ema.enable=False, or start anew")
-        averages = load_file(path / "ema.safetensors", device=str(device))
-        named = {name: averages[prefixed(name)] for name in trainer.average.averages}
-        trainer.average.load(named, shared["average_updates"])
+        averages = _read_average(trainer.model, path)
+        trainer.average.load(averages, shared["average_updates"])
     trainer.step, trainer.images_seen, trainer.skipped = (shared[key] for key in ("step", "images_seen", "skipped"))
     saved_ranks = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["world_size"]
     if saved_ranks != world.size:

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 
 from cnkernels.group_norm_silu.triton_common import (
-    FUSED_BACKWARD,
     PROGRAMS,
+    ROWS_BACKWARD,
+    SPANS,
     Launch,
     cut_rows,
     cut_spans,
@@ -479,7 +480,7 @@ def _rows_plan(batch, channels, spatial, groups, itemsize, silu):
         "WHOLE_ROWS": spatial % cut.width == 0,
         "SILU": silu,
     }
-    if fits(cut.elements, batch * groups, FUSED_BACKWARD):
+    if fits(cut.elements, batch * groups, ROWS_BACKWARD):
         sizes |= {"TILES": cut.tiles, "BLOCK_R": cut.tile}
         fused = Launch(_group_norm_silu_rows_fused_bwd_kernel, batch * groups, sizes, warps_for(cut.elements))
         return fused, None, 1, cut.segments, strides
@@ -510,7 +511,7 @@ def _spans_plan(batch, channels, spatial, groups, itemsize, silu):
     span = {"columns": cut.columns, "SPAN_GROUPS": cut.groups, "SPLITS": cut.splits, "BLOCK_C": cut.width}
     span["BLOCK_G"] = triton.next_power_of_2(cut.groups)
     held = triton.next_power_of_2(spatial) * cut.width
-    if cut.splits == 1 and fits(held, batch * cut.columns, FUSED_BACKWARD):
+    if cut.splits == 1 and fits(held, batch * cut.columns, SPANS):
         span |= {"chunk_rows": spatial, "chunks": 1, "BLOCK_R": triton.next_power_of_2(spatial), "FUSED": True}
         fused = Launch(_group_norm_silu_spans_bwd_kernel, batch * cut.columns, sizes | span, warps_for(held))
         return fused, None, 1, 1, strides

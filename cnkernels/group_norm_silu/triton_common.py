@@ -22,8 +22,9 @@ PROGRAMS = 4 * 132  # enough for four programs on each SM of an H100; more only 
 TILE = 4096  # elements a program has in flight: 16 to a thread at 8 warps
 MERGE_TILE = 4096  # largest [groups, partials] tile of one merge
 MAX_SPAN = 512  # channels; a wider group is split and its parts merged like chunks
-FUSED_FORWARD = 40960  # elements held in registers, in float32: 80 to a thread at 16 warps
-FUSED_BACKWARD = 20480  # half: x and dy are both held
+ROWS_FORWARD = 40960  # elements held in registers, in float32: 80 to a thread at 16 warps
+ROWS_BACKWARD = 20480  # half: of each of them, two values
+SPANS = 16384  # less: the sums of each channel cross the threads
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class Rows:
 
     @property
     def tile(self):
-        """Rows of a tile where a group is held whole: of at most eight, so that few lanes are beyond the last row."""
-        return triton.next_power_of_2(triton.cdiv(self.rows, 8))
+        """Rows of a tile where a group is held whole: one of five or fewer, so that few lanes are beyond the last."""
+        return triton.next_power_of_2(triton.cdiv(self.rows, 5))
 
     @property
     def tiles(self):
@@ -135,8 +136,8 @@ def fits(elements, programs, limit):
 
 
 def warps_for(elements):
-    """Warps of a program that holds its elements: 64 to a thread or fewer, but 80 at the most that 16 warps hold."""
-    return max(1, min(16, triton.next_power_of_2(elements // 2048)))
+    """Warps of a program that holds its elements: at most 48 to a thread, until there are 16."""
+    return min(16, triton.next_power_of_2(triton.cdiv(elements, 48 * 32)))
 
 
 def elementwise_columns(batch, channels, spatial, groups):

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 
 from cnkernels.group_norm_silu.triton_common import (
-    FUSED_FORWARD,
     PROGRAMS,
+    ROWS_FORWARD,
+    SPANS,
     Launch,
     activate,
     cut_rows,
@@ -425,7 +426,7 @@ def _rows_plan(batch, channels, spatial, groups, silu):
     cut = cut_rows(batch, channels, spatial, groups)
     sizes = {"spatial": spatial, "group_channels": channels // groups}
     tile = {"segments": cut.segments, "BLOCK_W": cut.width, "WHOLE_ROWS": spatial % cut.width == 0}
-    if fits(cut.elements, batch * groups, FUSED_FORWARD):
+    if fits(cut.elements, batch * groups, ROWS_FORWARD):
         block = {"groups": groups, "TILES": cut.tiles, "BLOCK_R": cut.tile, "SILU": silu}
         warps = warps_for(cut.elements)
         return (Launch(_group_norm_silu_rows_fused_fwd_kernel, batch * groups, sizes | tile | block, warps),), 0
@@ -446,7 +447,7 @@ def _spans_plan(batch, channels, spatial, groups, itemsize, silu):
     span = {"columns": cut.columns, "SPAN_GROUPS": cut.groups, "BLOCK_C": cut.width}
     span["BLOCK_G"] = triton.next_power_of_2(cut.groups)
     held = triton.next_power_of_2(spatial) * cut.width
-    if cut.splits == 1 and fits(held, batch * cut.columns, FUSED_FORWARD):
+    if cut.splits == 1 and fits(held, batch * cut.columns, SPANS):
         block = {"BLOCK_R": triton.next_power_of_2(spatial), "SILU": silu}
         return (
             Launch(_group_norm_silu_spans_fused_fwd_kernel, batch * cut.columns, sizes | span | block, warps_for(held)),

@@ -116,8 +116,12 @@ def aot_cases() -> list:
     """The launches of Stable Diffusion 1.5 in both memory formats, forward and backward, with every option in use."""
     cases = []
     for (channels, size), memory_format in product(SD15_SHAPES, ("NCHW", "NHWC")):
-        for batch in (2, 16) if channels * size <= 960 * 64 and size <= 64 else (1,):
-            cases += _cases_of(batch, channels, size, memory_format, torch.float16)
+        batch = 2 if size <= 64 else 1
+        at_small_batch = _cases_of(batch, channels, size, memory_format, torch.float16)
+        at_large_batch = _cases_of(8 * batch, channels, size, memory_format, torch.float16)
+        cases += at_small_batch
+        if [case.kernel for case in at_large_batch] != [case.kernel for case in at_small_batch]:
+            cases += at_large_batch
     for memory_format in ("NCHW", "NHWC"):  # of float32 the loads are wider, and nothing else differs
         cases += _cases_of(2, 320, 64, memory_format, torch.float32) + _cases_of(
             2, 1280, 8, memory_format, torch.float32

@@ -16,7 +16,7 @@ def guarded_empty():
     The margins around each keep their sentinel, or leaving the block fails. The tensors themselves hold NaN.
     """
     buffers = []
-    empty = torch.empty
+    empty, empty_like = torch.empty, torch.empty_like
 
     def guarded(*size, dtype=None, device=None, memory_format=torch.contiguous_format, **_):
         shape = size[0] if size and not isinstance(size[0], int) else size
@@ -32,7 +32,7 @@ def guarded_empty():
         return inner.fill_(torch.nan) if dtype.is_floating_point else inner
 
     def guarded_like(t, *, dtype=None, device=None, **_):
-        strides = torch.empty_like(t, device="meta").stride()
+        strides = empty_like(t, device="meta").stride()
         return _inside(t.shape, strides, dtype or t.dtype, device or t.device)
 
     with mock.patch.object(torch, "empty", guarded), mock.patch.object(torch, "empty_like", guarded_like):

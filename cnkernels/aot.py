@@ -1,0 +1,185 @@
+"""python -m cnkernels.aot: every Triton kernel compiled without a GPU, and what became of it.
+
+Each op's `triton_kernels.aot_cases()` names its kernels as Stable Diffusion 1.5 launches them: their types, constants
+and warps. They are compiled for one GPU of each generation, and the machine code is read back: registers, spills,
+shared memory, 16-byte loads, whether the products run on that generation's matrix units, and whether a Python float was
+taken for float64.
+"""
+
+import argparse
+import importlib
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from cnkernels.aot_case import AotCase
+from cnkernels.dispatch import OPS
+
+
+@dataclass(frozen=True)
+class Architecture:
+    matrix_unit: str  # the instruction of its matrix units, as in SASS
+    shared_limit: int  # bytes of shared memory one block may have
+
+
+ARCHITECTURES = {
+    80: Architecture("HMMA", 163 * 1024),  # A100
+    90: Architecture("HGMMA", 227 * 1024),  # H100, H200
+    100: Architecture("UTCHMMA", 227 * 1024),  # B200
+    120: Architecture("HMMA", 99 * 1024),  # RTX 50, RTX PRO
+}
+_MATRIX_UNITS = ("HMMA", "HGMMA", "UTCHMMA")
+_DOUBLES = ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX", "DMMA")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a case became on one architecture."""
+
+    case: str
+    arch: int
+    warps: int
+    registers: int  # per thread
+    spills: int  # instructions that move a register to or from memory
+    shared: int  # bytes
+    wide_loads: int  # instructions that load or copy 16 bytes a thread from global memory, or a tile by TMA
+    loads: int  # all that load from global memory
+    doubles: int  # instructions that compute in float64
+    matrix_units: tuple[str, ...]
+    wants_matrix_units: bool
+
+    @property
+    def faults(self) -> list[str]:
+        """What is wrong with it, in words."""
+        target, faults = ARCHITECTURES[self.arch], []
+        if self.spills:
+            faults.append(f"{self.spills} spill instructions")
+        if self.shared > target.shared_limit:
+            faults.append(f"{self.shared} bytes of shared memory, the limit is {target.shared_limit}")
+        if self.doubles:
+            faults.append(f"{self.doubles} float64 instructions")
+        if self.wants_matrix_units and target.matrix_unit not in self.matrix_units:
+            faults.append(f"no {target.matrix_unit}")
+        return faults
+
+    def __str__(self):
+        units = "+".join(self.matrix_units) or "-"
+        return (
+            f"sm_{self.arch:<4}{self.case:<58}{self.warps:>6}{self.registers:>6}{self.spills:>7}{self.shared:>9}"
+            f"{f'{self.wide_loads}/{self.loads}':>10}  {units:<10}{'; '.join(self.faults)}".rstrip()
+        )
+
+
+HEADER = f"{'arch':<7}{'kernel and shape':<58}{'warps':>6}{'regs':>6}{'spills':>7}{'shared':>9}{'16B/loads':>10}  unit"
+
+
+def cases(op: str) -> list[AotCase]:
+    """The op's cases, one of each binary; none where the op has no Triton kernels yet."""
+    module = importlib.import_module(f"cnkernels.{op}.triton_kernels")
+    distinct = {}
+    for case in module.aot_cases():
+        case = case if isinstance(case, AotCase) else AotCase(*case)
+        distinct.setdefault(case.key, case)
+    return list(distinct.values())
+
+
+def compile_case(case: AotCase, arch: int) -> Compiled:
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(case.kernel.arg_names)
+    types = {name: case.signature[name].partition(":")[0] if name in case.signature else "constexpr" for name in names}
+    aligned = (name for name, kind in case.signature.items() if kind.startswith("*") or kind.endswith(":16"))
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(case.kernel, types, dict(case.constexprs), attributes)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    binary = compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return _read(case, arch, binary.asm["cubin"], binary.metadata.shared)
+
+
+def _read(case: AotCase, arch: int, cubin: bytes, shared: int) -> Compiled:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        usage = _tool("cuobjdump", "-res-usage", str(path))
+        code = _tool("nvdisasm", "-c", str(path))
+    opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", code, re.MULTILINE)
+    loads = [op for op in opcodes if op.startswith(("LDG", "LDGSTS", "UTMALDG"))]
+    return Compiled(
+        case=case.name,
+        arch=arch,
+        warps=case.num_warps,
+        registers=int(re.search(r"\bREG:(\d+)", usage)[1]),
+        spills=sum(op.startswith(("STL", "LDL")) for op in opcodes),
+        shared=shared,
+        wide_loads=sum(".128" in op or op.startswith("UTMALDG") for op in loads),
+        loads=len(loads),
+        doubles=sum(op.startswith(_DOUBLES) or ".F64" in op for op in opcodes),
+        matrix_units=tuple(unit for unit in _MATRIX_UNITS if any(op.partition(".")[0] == unit for op in opcodes)),
+        wants_matrix_units=case.uses_matrix_units,
+    )
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """Runs one of NVIDIA's tools that come with Triton."""
+    import triton
+
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([program, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _compile_indexed(job: tuple[str, int, int]) -> Compiled:
+    op, index, arch = job
+    return compile_case(cases(op)[index], arch)
+
+
+def sample(op: str, every: int, offset: int) -> list[int]:
+    """Indices of one in `every` of each kernel's cases, of one at least; another `offset` takes others."""
+    by_kernel = {}
+    for index, case in enumerate(cases(op)):
+        by_kernel.setdefault(case.kernel.__name__, []).append(index)
+    chosen = []
+    for indices in by_kernel.values():
+        step = min(every, len(indices))
+        chosen += indices[offset % step :: step]
+    return sorted(chosen)
+
+
+def report(archs: list[int], ops: list[str], every: int = 1, processes: int = 2) -> Iterator[Compiled]:
+    """Compiles the cases, or one in `every`, others for each architecture; yields them in a fixed order."""
+    jobs = [(op, index, arch) for op in ops for i, arch in enumerate(archs) for index in sample(op, every, i)]
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may deadlock
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        yield from pool.map(_compile_indexed, jobs)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m cnkernels.aot", description=__doc__.partition("\n")[0])
+    parser.add_argument("--arch", type=int, action="append", choices=list(ARCHITECTURES), help="default: all")
+    parser.add_argument("--op", action="append", choices=list(OPS), help="default: all")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="one in N of each kernel's cases")
+    parser.add_argument("--processes", type=int, default=2)
+    chosen = parser.parse_args(arguments)
+
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET=1 makes every kernel an interpreted one, which cannot be compiled; unset it")
+    print(HEADER)
+    faulty = 0
+    for compiled in report(chosen.arch or list(ARCHITECTURES), chosen.op or list(OPS), chosen.every, chosen.processes):
+        print(compiled, flush=True)
+        faulty += bool(compiled.faults)
+    print(f"{faulty} with faults")
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

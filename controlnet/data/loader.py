@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -126,7 +128,8 @@ class ShardLoader:
     A batch is a dict: "images" float32 [N, 3, H, W] in [-1, 1], "hint" float32 [N, 3, H, W] in [0, 1], "captions" and
     "keys" lists of N strings. `len()` is the number of batches in an epoch.
 
-    Notes: workers ignore SIGTERM and SIGINT, so that the process that they serve can save before it ends.
+    Notes: workers ignore SIGTERM and SIGINT, so that the process that they serve can save before it ends. They end with
+    `close()` or with the process.
     """
 
     def __init__(self, plan: Plan, num_workers: int, start: Mapping[str, Any] | None = None):
@@ -135,15 +138,20 @@ class ShardLoader:
         if start is not None:
             self._resume(start)
         self._drops: set[Drop] = set()
-        self._loader = DataLoader(
-            WorkerStream(plan, self._next, list(self._cursors)),
+        self._num_workers = num_workers
+        self._loader = self._open()
+        self._messages: Iterator[Message] | None = None
+
+    def _open(self) -> DataLoader:
+        """A loader that goes on where this one stands."""
+        return DataLoader(
+            WorkerStream(self._plan, self._next, list(self._cursors)),
             batch_size=None,
-            num_workers=num_workers,
+            num_workers=self._num_workers,
             collate_fn=_as_it_is,
             worker_init_fn=_ignore_signals,
             pin_memory=torch.cuda.is_available(),
         )
-        self._messages: Iterator[Message] | None = None
 
     def __len__(self) -> int:
         return self._plan.epoch_batches
@@ -152,6 +160,8 @@ class ShardLoader:
         end = (self.epoch + 1) * self._plan.epoch_batches
         if self._messages is None:
             self._messages = iter(self._loader)
+            # multiprocessing's own exit sends SIGTERM and waits; the workers ignore it and have to be told before.
+            atexit.register(_close, weakref.ref(self))
         while self._next < end:
             message = next(self._messages)
             for drop in message.drops:
@@ -161,6 +171,14 @@ class ShardLoader:
             self._cursors[self._next % self._plan.workers] = message.cursor
             self._next += 1
             yield message.batch
+
+    def close(self) -> None:
+        """Ends the workers. Iterating afterwards goes on after the last batch handed out, with new ones."""
+        shutdown = getattr(self._messages, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
+        self._messages = None
+        self._loader = self._open()
 
     @property
     def epoch(self) -> int:
@@ -205,6 +223,12 @@ class ShardLoader:
             what = f"left out: {drop.reason}, {drop.key or 'the tar itself'} in {drop.shard}"
             warnings.warn(what, stacklevel=3)
         self._drops.add(drop)
+
+
+def _close(loader: weakref.ref[ShardLoader]) -> None:
+    alive = loader()
+    if alive is not None:
+        alive.close()
 
 
 def _as_it_is(message: Message) -> Message:

@@ -298,14 +298,29 @@ def test_workers_outlive_sigterm_and_sigint(tmp_path):
     assert Counter(keys(before + rest)) == Counter({f"{n:05d}": 2 for n in range(16)})
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_closed_loader_goes_on_where_it_stood(tmp_path, num_workers):
+    folder = shards(tmp_path, [8, 8])
+    whole = take(loader(folder, num_workers=num_workers), 12)
+    source = loader(folder, num_workers=num_workers)
+    batches = []
+    for count in (1, 2, 9):
+        batches += take(source, count)
+        workers = getattr(source._messages, "_workers", [])
+        source.close()
+        assert not any(worker.is_alive() for worker in workers)
+    assert_same(batches, whole)
+
+
 def test_a_process_ends_soon_though_its_workers_ignore_signals(tmp_path):
     shards(tmp_path, [8, 8])
     code = f"""
 import time
 from controlnet.data import build_loader
 data = {data_config(tmp_path, num_workers=2)!r}
-for batch in build_loader(data, factor=4, batch_size=2, seed=0):
-    break
+source = build_loader(data, factor=4, batch_size=2, seed=0)
+kept = [source, next(iter(source))]
+kept.append(kept)  # a cycle: nothing is freed before the interpreter ends
 print(time.time(), flush=True)
 raise SystemExit(7)
 """

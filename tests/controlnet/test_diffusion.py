@@ -1,9 +1,11 @@
-"""The noise schedule against diffusers' DDPMScheduler."""
+"""The noise schedule against diffusers' DDPMScheduler; the controlled U-Net and the loss against their formulas."""
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from controlnet.diffusion import NoiseSchedule
+from controlnet.diffusion import DiffusionLoss, NoiseSchedule
+from tests.controlnet import tiny_run
 
 DIFFUSERS_NAMES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}
 
@@ -74,3 +76,62 @@ def test_tables_stay_out_of_the_state_dict():
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         NoiseSchedule(**kwargs)
+
+
+def controlled(tmp_path, *overrides):
+    """A model without zero layers, and inputs x, timesteps, context, hint."""
+    run = tiny_run.trainer(tiny_run.configuration(tmp_path, *overrides))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 12, 8, 8, generator=generator)
+    context = torch.randn(2, 4, 16, generator=generator)
+    return run.model, (x, torch.tensor([3, 700]), context, torch.rand(2, 3, 16, 16, generator=generator))
+
+
+@pytest.mark.parametrize("only_mid_control", [False, True])
+def test_controlled_prediction_is_encoder_beside_control_then_decoder(tmp_path, only_mid_control):
+    model, (x, t, context, hint) = controlled(tmp_path, f"model.only_mid_control={only_mid_control}")
+    h, skips = model.unet.encode(x, t, context)
+    residuals = model.control(x, hint, t, context)
+    weakened = [residual * (0.5 + 0.1 * i) for i, residual in enumerate(residuals)]
+    for scales, control in ((1.0, residuals), ([0.5 + 0.1 * i for i in range(len(residuals))], weakened)):
+        expected = model.unet.decode(h, skips, control, t, context, only_mid_control=only_mid_control)
+        torch.testing.assert_close(model(x, t, context, hint, scales=scales), expected)
+    assert not torch.allclose(model(x, t, context, hint), model.unet(x, t, context), atol=1e-3)
+
+
+def test_without_control_it_is_the_unet(tmp_path):
+    model, (x, t, context, hint) = controlled(tmp_path)
+    alone = model.unet(x, t, context)
+    assert torch.equal(model(x, t, context), alone)
+    assert torch.equal(model(x, t, context, hint, scales=0), alone)
+    guided_hint = model.control.encode_hint(hint)
+    assert torch.equal(model(x, t, context, guided_hint=guided_hint), model(x, t, context, hint))
+
+
+def test_a_scale_for_each_sample(tmp_path):
+    model, (x, t, context, hint) = controlled(tmp_path)
+    mixed = model(x, t, context, hint, scales=torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(mixed[:1], model(x, t, context)[:1])
+    torch.testing.assert_close(mixed[1:], model(x, t, context, hint)[1:])
+
+
+def test_the_locked_encoder_keeps_no_graph(tmp_path):
+    model, (x, t, context, hint) = controlled(tmp_path)
+    recorded = []
+    for block in [*model.unet.input_blocks, model.unet.middle_block]:
+        block.register_forward_hook(lambda module, inputs, output: recorded.append(output.requires_grad))
+    model(x, t, context, hint).sum().backward()
+    assert recorded and not any(recorded)
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "v", "x0"])
+def test_loss_is_the_mean_squared_error_at_x_t(tmp_path, parameterization):
+    model, (latents, t, context, hint) = controlled(tmp_path)
+    schedule = NoiseSchedule(parameterization=parameterization)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    signal, sigma = (table[t].float().view(-1, 1, 1, 1) for table in (schedule.signal, schedule.sigma))
+    target = {"eps": noise, "x0": latents, "v": signal * noise - sigma * latents}[parameterization]
+    prediction = model(signal * latents + sigma * noise, t, context, hint)
+    loss = DiffusionLoss(model, schedule)(latents, hint, context, noise, t)
+    torch.testing.assert_close(loss, F.mse_loss(prediction, target))

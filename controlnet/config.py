@@ -52,7 +52,7 @@ def load(path: str | PathLike, overrides: Iterable[str] = ()) -> "DictConfig":
         "fp32", "fp16" or "bf16"; `model.data` and `model.optim` are found at `data` and `optim`.
     Raises ConfigError for an unknown key or target (with the nearest known one), a value of the wrong kind, or a
         value that asks for something that is not built here; FileNotFoundError.
-    Keys that are accepted without effect are logged once, with the reason.
+    Keys that are accepted without effect are logged once, with the reason, and left out of the result.
     """
     omegaconf = _omegaconf()
     try:
@@ -88,7 +88,7 @@ def compose(document: Mapping[str, Any], overrides: Iterable[str] = ()) -> "Dict
         if merged.model.get(stage) is not None:
             _check_stage(merged.model[stage], stage)
     _check_values(merged, SCHEMA, "")
-    _log_without_effect(tree)
+    _drop_without_effect(merged, tree)
     return merged
 
 
@@ -354,13 +354,19 @@ def _check_stage(node: "DictConfig", stage: str) -> None:
             raise _unknown_key(path, key, known)
 
 
-def _log_without_effect(given: dict) -> None:
+def _drop_without_effect(merged: "DictConfig", given: dict) -> None:
+    """Removes the keys that nothing reads, so that nothing can, and says which of them the user has set."""
     silent = dict(NO_EFFECT)
     for stage, reasons in STAGE_NO_EFFECT.items():
         silent.update({f"model.{stage}.{key}": reason for key, reason in reasons.items()})
     found = [f"{path} ({silent[path]})" for path, _ in _paths(given) if path in silent]
     if found:
         logger.info("accepted without effect: %s", "; ".join(found))
+    for path in silent:
+        parent, _, key = path.rpartition(".")
+        node = _omegaconf().OmegaConf.select(merged, parent) if parent else merged
+        if node is not None:
+            node.pop(key, None)
 
 
 def _paths(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -180,7 +180,7 @@ def test_nemo_file_runs_as_it_is(load):
     c = load(NEMO)
     assert c.trainer.precision == "fp16"
     assert c.data.num_workers == 16 and c.data.train.augmentations.center_crop_h_w == "512, 512"
-    assert c.optim.lr == 2e-5 and c.optim.eps == 1e-8 and c.optim.sched.hold_steps == 10**13
+    assert c.optim.lr == 2e-5 and c.optim.eps == 1e-8 and c.optim.sched.name == "WarmupHoldPolicy"
     assert "data" not in c.model and "optim" not in c.model
     assert c.exp_manager.resume_from_checkpoint is None
     control = c.model.control_stage_config
@@ -332,6 +332,18 @@ def test_what_has_no_effect_is_logged_once_with_its_reason(load, caplog):
     for key in ("trainer.logger", "model.use_ema", "model.unet_config.image_size", "model.cond_stage_config.device"):
         assert f"{key} (" in message
     assert "trainer.max_epochs" not in message and "model.channels_last" not in message
+
+
+def test_what_has_no_effect_cannot_be_read_and_is_not_said_again(load, tmp_path, caplog):
+    from omegaconf import OmegaConf
+
+    c = load(NEMO)
+    assert "logger" not in c.trainer and "use_ema" not in c.model and "image_size" not in c.model.unet_config
+    OmegaConf.save(c, tmp_path / "saved.yaml")
+    with caplog.at_level(logging.INFO, logger="controlnet.config"):
+        caplog.clear()
+        config.load(tmp_path / "saved.yaml")
+    assert caplog.text == ""
 
 
 def leaves(schema, path=""):

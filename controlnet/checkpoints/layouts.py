@@ -19,15 +19,15 @@ PREFIXES = {
     "first_stage": "first_stage_model.",
     "cond_stage": "cond_stage_model.",
 }
+_DIFFUSERS_MARKS = ("down_blocks.", "mid_block.", "up_blocks.")
+_DIFFUSERS_BARE = (*_DIFFUSERS_MARKS, "conv_in.", "conv_norm_out.", "conv_out.", "time_embedding.")
 # How the names of a part begin in a file that holds this part alone.
 _BARE = {
-    "unet": ("time_embed.", "input_blocks.", "middle_block.", "output_blocks.", "out.", "label_emb."),
-    "control": ("zero_convs.", "input_hint_block.", "middle_block_out."),
+    "unet": ("time_embed.", "input_blocks.", "middle_block.", "output_blocks.", "out.", "label_emb.", *_DIFFUSERS_BARE),
+    "control": ("zero_convs.", "input_hint_block.", "middle_block_out.", "controlnet_"),
     "first_stage": ("encoder.", "decoder.", "quant_conv.", "post_quant_conv."),
     "cond_stage": ("transformer.", "text_model."),
 }
-_DIFFUSERS_MARKS = ("down_blocks.", "mid_block.", "up_blocks.")
-_DIFFUSERS_BARE = (*_DIFFUSERS_MARKS, "conv_in.", "conv_norm_out.", "conv_out.", "time_embedding.")
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,10 @@ def sort(tensors: Mapping[str, Tensor]) -> Contents:
     """Sorts a checkpoint's tensors into parts; raises CheckpointError for an unknown layout or a mixture of two."""
     parts: dict[str, dict[str, str]] = {}
     diffusers, others, renamed = [], [], False
+    # A ControlNet without prefix has the trunk's names beside its own: what looks like a U-Net is its trunk.
+    trunk = "control" if any(_unwrapped(key).startswith(_BARE["control"]) for key in tensors) else "unet"
     for key in tensors:
-        part, name = _place(key)
+        part, name = _place(key, trunk)
         if part is None:
             continue
         if _is_diffusers(name):
@@ -74,47 +76,35 @@ def sort(tensors: Mapping[str, Tensor]) -> Contents:
         )
     if not parts:
         raise CheckpointError(f"no known layout; the file's names begin {', '.join(sorted(tensors)[:4])}")
-    _merge_bare_control(parts)
     layout = "nemo" if renamed else "diffusers" if diffusers and not others else "original"
     return Contents(layout, parts, tensors)
 
 
-def _place(key: str) -> tuple[str | None, str]:
-    """The part that a key belongs to (None: none of ours, as EMA copies and schedules) and its name there."""
-    name = ".".join(piece for piece in key.split(".") if piece != "_orig_mod")  # torch.compile's wrapper
-    name = name.removeprefix("module.")  # DistributedDataParallel's wrapper
+def _unwrapped(key: str) -> str:
+    """A key without what torch.compile and DistributedDataParallel put into it."""
+    return ".".join(piece for piece in key.split(".") if piece != "_orig_mod").removeprefix("module.")
+
+
+def _place(key: str, trunk: str) -> tuple[str | None, str]:
+    """The part that a key belongs to (None: none of ours, as EMA copies and schedules) and its name there.
+
+    `trunk` is the part that a name of encoder or middle block belongs to when it has no prefix.
+    """
+    name = _unwrapped(key)
     for candidate in (name.removeprefix("model."), name):
         for part, prefix in PREFIXES.items():
             if candidate.startswith(prefix):
                 return part, candidate.removeprefix(prefix)
     if name.startswith("diffusion_model."):
         return "unet", name.removeprefix("diffusion_model.")
-    if name.startswith(
-        ("controlnet_", *_DIFFUSERS_MARKS, "conv_in.", "conv_norm_out.", "conv_out.", "time_embedding.")
-    ):
-        return "control" if name.startswith("controlnet_") else "unet", name
     for part, beginnings in _BARE.items():
         if name.startswith(beginnings):
-            return part, name
+            return trunk if part == "unet" else part, name
     return None, name
 
 
 def _is_diffusers(name: str) -> bool:
     return any(mark in name for mark in _DIFFUSERS_MARKS) or name.startswith(("controlnet_", *_DIFFUSERS_BARE))
-
-
-def _merge_bare_control(parts: dict[str, dict[str, str]]) -> None:
-    """A ControlNet without prefix has the trunk's names beside its own: what looked like a U-Net is its trunk."""
-    control, trunk = parts.get("control"), parts.get("unet")
-    if not control or not trunk:
-        return
-    if any(name.startswith(("zero_convs.", "controlnet_")) and key == name for name, key in control.items()):
-        bare = {name: key for name, key in trunk.items() if key == name or key.startswith("module.")}
-        control.update(bare)
-        for name in bare:
-            del trunk[name]
-        if not trunk:
-            del parts["unet"]
 
 
 def grouped(names: Iterable[str]) -> str:

@@ -309,6 +309,8 @@ def test_a_file_without_a_unet_says_what_it_holds(tmp_path):
     [
         ("control_model.", lambda name: name),
         ("", lambda name: name),
+        ("", nemo.from_original),
+        ("module.", lambda name: name),
         ("model.control_model.", nemo.from_original),
         ("model.control_model._orig_mod.", nemo_1_23),
     ],

@@ -1,0 +1,44 @@
+"""The loss curve as a picture, drawn with Pillow."""
+
+import math
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw
+
+WIDTH, HEIGHT = 640, 360
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 32, 40
+
+
+def loss_curve(steps: Sequence[int], losses: Sequence[float]) -> Image.Image:
+    """Loss over step on a logarithmic axis: each value as reported, and their running mean in red.
+
+    Args:
+        steps: of the optimizer, rising.
+        losses: positive, one for each step.
+    """
+    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw = ImageDraw.Draw(picture)
+    low, high = math.log10(min(losses)), math.log10(max(losses))
+    margin = 0.05 * (high - low) or 0.1
+    low, high = low - margin, high + margin
+
+    def x(step: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * step / max(steps[-1], 1)
+
+    def y(loss: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (high - math.log10(loss)) / (high - low)
+
+    draw.text((LEFT, 10), "training loss, by optimizer step", fill="black")
+    for i in range(5):
+        loss, step = 10 ** (low + (high - low) * i / 4), steps[-1] * i / 4
+        draw.line((LEFT, y(loss), WIDTH - RIGHT, y(loss)), fill="lightgray")
+        draw.text((8, y(loss) - 6), f"{loss:.3g}", fill="black")
+        draw.text((x(step) - 10, HEIGHT - BOTTOM + 8), f"{step:.0f}", fill="black")
+    draw.line((LEFT, TOP, LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM), fill="black")
+    means = [losses[0]]
+    for loss in losses[1:]:
+        means.append(0.8 * means[-1] + 0.2 * loss)
+    for values, colour, width in ((losses, "silver", 1), (means, "red", 2)):
+        points = [(x(step), y(value)) for step, value in zip(steps, values, strict=True)]
+        draw.line(points if len(points) > 1 else points * 2, fill=colour, width=width)
+    return picture

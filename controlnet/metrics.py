@@ -166,14 +166,14 @@ def control_sensitivity(model: ControlledUNet, x: Tensor, timesteps: Tensor, con
     """How much the prediction changes when the hint is removed: 0 is a model that ignores its control.
 
     |prediction(hint) - prediction(none)| / |prediction(none)|, Frobenius norms over the batch; a float32 scalar.
-    It is exactly 0 before the first update, since the zero convolutions are.
+    It is exactly 0 before the first update, since the zero convolutions are, and for a U-Net that predicts nothing.
     """
     training = model.training
     model.eval()
     free = model(x, timesteps, context).float()
     controlled = model(x, timesteps, context, hint).float()
     model.train(training)
-    return (controlled - free).norm() / free.norm()
+    return (controlled - free).norm() / free.norm().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def peak_memory_gib(device: torch.device) -> float:

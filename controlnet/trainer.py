@@ -6,6 +6,7 @@ split; warm-up, logging, samples, checkpoints and max_steps count steps.
 
 import contextlib
 import functools
+import inspect
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,6 +30,10 @@ from .validation import draw_grid
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# The only buffers are the tables of the noise schedule, constants. PyTorch renames the argument that says so.
+_SYNC_BUFFERS = "forward_sync_buffers"
+if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel.__init__).parameters:
+    _SYNC_BUFFERS = "broadcast_buffers"
 SENSITIVITY_SAMPLES = 4  # enough to see the metric move; a logged step costs two more forward passes of so many
 
 
@@ -131,8 +136,8 @@ class Trainer:
             self.parallel = DistributedDataParallel(
                 self.loss,
                 device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,
                 gradient_as_bucket_view=cfg.gradient_as_bucket_view,
+                **{_SYNC_BUFFERS: False},
             )
         self.model.train()
 

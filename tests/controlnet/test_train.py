@@ -312,6 +312,10 @@ class TestReports:
             assert row["samples_per_second"] > 0 and row["peak_memory_gib"] > 0.01 and row["gradient_norm"] > 0
             assert row["control_sensitivity"] > 0 and row["lr"] == 1e-3
 
+    def test_a_silent_unet_has_no_sensitivity(self, tmp_path):
+        fit(tmp_path, awake=False)  # random weights, of which the output layer is zero
+        assert [row["control_sensitivity"] for row in rows(tmp_path)] == [0, 0, 0]
+
     def test_loss_is_the_mean_since_the_last_row(self, tmp_path):
         fit(tmp_path / "each", "trainer.max_steps=4")
         fit(tmp_path / "pairs", "trainer.max_steps=4", "trainer.log_every_n_steps=2")

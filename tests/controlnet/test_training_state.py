@@ -180,6 +180,7 @@ def test_six_steps_equal_two_and_two_and_two(tmp_path, overrides):
         parts.append(run("parts", last, *resume, *samples))
     assert [part.loader.handed_out for part in parts] != [[], [], []]
     assert sum((part.loader.handed_out for part in parts), []) == whole.loader.handed_out
+    assert parts[-1].scaler.state_dict() == whole.scaler.state_dict()
     expected = tiny_run.weights(whole)
     for name, tensor in tiny_run.weights(parts[-1]).items():
         assert torch.equal(tensor, expected[name]), name

@@ -13,7 +13,8 @@ def geglu(projected: Tensor) -> Tensor:
         out = value * gate * 0.5 * (1 + erf(gate / sqrt(2)))        (the exact GELU, not the tanh approximation)
 
     Args:
-        projected: [..., 2C], float32, float16, bfloat16 or float64; copied once if its last dimension is not contiguous.
+        projected: [..., 2C], float32, float16, bfloat16 or float64; copied once
+            unless its last dimension is contiguous.
 
     Returns:
         out, [..., C], contiguous, of projected's dtype.

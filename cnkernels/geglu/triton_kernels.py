@@ -5,6 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cnkernels.aot_case import AotCase
+from cnkernels.launch import Launch
+
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _RSQRT_TWO_PI = tl.constexpr(0.3989422804014327)
 
@@ -68,20 +71,45 @@ def geglu_fwd(projected: Tensor) -> Tensor:
     shape = (*projected.shape[:-1], projected.shape[-1] // 2)
     out = torch.empty(shape, dtype=projected.dtype, device=projected.device)
     if out.numel():
-        projected = _rows(projected)
-        rows, columns = projected.shape[0], shape[-1]
-        _geglu_fwd_kernel[_grid(rows, columns)](projected, out, rows, columns, projected.stride(0), **_CONFIG)
+        _forward(projected, out)()
     return out
 
 
 def geglu_bwd(dout: Tensor, projected: Tensor) -> Tensor:
     dprojected = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)
     if dout.numel():
-        dout, projected = _rows(dout), _rows(projected)
-        rows, columns = dout.shape
-        strides = dout.stride(0), projected.stride(0)
-        _geglu_bwd_kernel[_grid(rows, columns)](dout, projected, dprojected, rows, columns, *strides, **_CONFIG)
+        _backward(dout, projected, dprojected)()
     return dprojected
+
+
+def aot_cases() -> list[AotCase]:
+    """The kernels as SD 1.5's transformers launch them at batch 2, for `cnkernels.aot`.
+
+    And for one element: sizes and strides of one are constants to the compiler.
+    """
+    cases = []
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for rows, columns in ((8192, 1280), (2048, 2560), (512, 5120), (128, 5120), (1, 1)):
+            projected = torch.empty((rows, 2 * columns), dtype=dtype, device="meta")
+            out = projected[..., :columns].contiguous()
+            for launch in (_forward(projected, out), _backward(out, projected, projected)):
+                job = "forward" if launch.kernel is _geglu_fwd_kernel else "backward"
+                cases.append(launch.case(f"geglu {job} {rows}x{columns} {str(dtype).removeprefix('torch.')}"))
+    return cases
+
+
+def _forward(projected: Tensor, out: Tensor) -> Launch:
+    projected = _rows(projected)
+    rows, columns = projected.shape[0], out.shape[-1]
+    arguments = (projected, out, rows, columns, projected.stride(0))
+    return Launch(_geglu_fwd_kernel, _grid(rows, columns), arguments, _CONFIG)
+
+
+def _backward(dout: Tensor, projected: Tensor, dprojected: Tensor) -> Launch:
+    dout, projected = _rows(dout), _rows(projected)
+    rows, columns = dout.shape
+    arguments = (dout, projected, dprojected, rows, columns, dout.stride(0), projected.stride(0))
+    return Launch(_geglu_bwd_kernel, _grid(rows, columns), arguments, _CONFIG)
 
 
 def _grid(rows: int, columns: int) -> tuple[int]:

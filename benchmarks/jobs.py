@@ -1,0 +1,244 @@
+"""The two jobs people care about, at SD 1.5's size: a denoise step (with guidance) and a training step.
+
+Weights are random (speed does not depend on them), latents and text states are given, and every provider gets
+channels_last and the same dtype. Providers are built one after the other and freed, so that they share no memory.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks import timing
+from controlnet.controlnet import ControlNet
+from controlnet.diffusion import ControlledUNet, DiffusionLoss, NoiseSchedule
+from controlnet.unet import UNet
+
+SD15 = {
+    "in_channels": 4,
+    "model_channels": 320,
+    "attention_resolutions": [4, 2, 1],
+    "num_res_blocks": 2,
+    "channel_mult": [1, 2, 4, 4],
+    "num_heads": 8,
+    "use_spatial_transformer": True,
+    "transformer_depth": 1,
+    "context_dim": 768,
+    "legacy": False,
+    "use_flash_attention": True,
+}
+TINY = {**SD15, "model_channels": 32, "context_dim": 32}  # for a CPU
+LOOP_STEPS = 20
+UNET_FLOPS, CONTROL_FLOPS = (
+    0.8033e12,
+    0.2833e12,
+)  # of one forward at 512x512, batch 1; benchmarks.device_free counts them
+TRAIN_FLOPS = 2.334e12  # of one training sample with cached latents and text, decoder weights frozen
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job at one size. `batch` counts images; with guidance the networks see twice as many."""
+
+    name: str
+    batch: int
+    side: int  # of the latents
+    dtype: torch.dtype
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} B{self.batch} {8 * self.side}x{8 * self.side}"
+
+
+def _images(job: Job, device: torch.device, context_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, hint, timesteps, context of a denoise step with guidance, or of a training step."""
+    n = job.batch * (1 if job.name == "training step" else 2)
+    options = {"device": device, "dtype": job.dtype}
+    x, hint = torch.randn(n, 4, job.side, job.side, **options), torch.rand(n, 3, 8 * job.side, 8 * job.side, **options)
+    x, hint = (t.contiguous(memory_format=torch.channels_last) for t in (x, hint))
+    return x, hint, torch.full((n,), 500, device=device), torch.randn(n, 77, context_dim, **options)
+
+
+def _captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """`step` as the replay of one CUDA graph."""
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
+def _ours(job: Job, device: torch.device, params: dict[str, Any]) -> ControlledUNet:
+    with device:
+        model = ControlledUNet(UNet(**params, out_channels=4), ControlNet(**params, hint_channels=3))
+    return model.to(memory_format=torch.channels_last)
+
+
+def _denoise_ours(job: Job, device: torch.device, params: dict[str, Any], how: str) -> Callable[[], Tensor]:
+    model = _ours(job, device, params).to(job.dtype).requires_grad_(False).eval()
+    x, hint, t, context = _images(job, device, params["context_dim"])
+    guided_hint = model.control.encode_hint(hint)  # does not change over the loop
+    forward = torch.compile(model, mode="max-autotune-no-cudagraphs", fullgraph=True) if "compile" in how else model
+
+    def step() -> Tensor:
+        with torch.no_grad():
+            uncond, cond = forward(x, t, context, guided_hint=guided_hint).chunk(2)
+            return uncond + 7.5 * (cond - uncond)
+
+    return _captured(step, device) if "graph" in how else step
+
+
+def _theirs(params: dict[str, Any], device: torch.device):
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    channels = tuple(params["model_channels"] * m for m in params["channel_mult"])
+    options = {"block_out_channels": channels, "cross_attention_dim": params["context_dim"]}
+    with device:
+        unet, control = UNet2DConditionModel(**options), ControlNetModel(**options)
+    return unet.to(memory_format=torch.channels_last), control.to(memory_format=torch.channels_last)
+
+
+def _denoise_diffusers(job: Job, device: torch.device, params: dict[str, Any], how: str) -> Callable[[], Tensor]:
+    unet, control = (m.to(job.dtype).requires_grad_(False).eval() for m in _theirs(params, device))
+    x, hint, t, context = _images(job, device, params["context_dim"])
+    if how != "eager":
+        mode = "max-autotune" if "graph" in how else "max-autotune-no-cudagraphs"
+        mode = mode if device.type == "cuda" else "default"
+        unet, control = (
+            torch.compile(unet, mode=mode, fullgraph=True),
+            torch.compile(control, mode=mode, fullgraph=True),
+        )
+
+    def step() -> Tensor:
+        with torch.no_grad():
+            down, mid = control(x, t, context, hint, conditioning_scale=1.0, return_dict=False)
+            residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+            uncond, cond = unet(x, t, context, **residuals, return_dict=False)[0].chunk(2)
+            return uncond + 7.5 * (cond - uncond)
+
+    return step
+
+
+def _training(job: Job, device: torch.device, model, parameters: list, loss: Callable[[], Tensor]):
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, job.dtype):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    step.keep = model
+    return step
+
+
+def _train_ours(job: Job, device: torch.device, params: dict[str, Any], how: str) -> Callable[[], Tensor]:
+    model = _ours(job, device, params)
+    for parameter in model.unet.parameters():
+        parameter.data = parameter.data.to(job.dtype)
+    loss = DiffusionLoss(model, NoiseSchedule().to(device))
+    if "compile" in how:
+        loss.compile(fullgraph=True)
+    x, hint, t, context = _images(job, device, params["context_dim"])
+    arguments = x.float(), hint, context, torch.randn_like(x).float(), t
+    return _training(job, device, loss, list(model.trainable_parameters()), lambda: loss(*arguments))
+
+
+def _train_diffusers(job: Job, device: torch.device, params: dict[str, Any], how: str) -> Callable[[], Tensor]:
+    unet, control = _theirs(params, device)
+    unet.requires_grad_(False).to(job.dtype)
+    if "compile" in how:
+        unet, control = torch.compile(unet), torch.compile(control)
+    x, hint, t, context = _images(job, device, params["context_dim"])
+    schedule, x0, noise = NoiseSchedule().to(device), x.float(), torch.randn_like(x).float()
+
+    def loss() -> Tensor:
+        x_t = schedule.add_noise(x0, noise, t)
+        down, mid = control(x_t, t, context, hint, return_dict=False)
+        down, mid = [d.to(job.dtype) for d in down], mid.to(job.dtype)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        return F.mse_loss(unet(x_t.to(job.dtype), t, context, **residuals, return_dict=False)[0].float(), noise)
+
+    return _training(job, device, (unet, control), list(control.parameters()), loss)
+
+
+DENOISE = {
+    "ours": (_denoise_ours, "eager"),
+    "ours, CUDA graph": (_denoise_ours, "graph"),
+    "ours, compiled, CUDA graph": (_denoise_ours, "compile graph"),
+    "diffusers": (_denoise_diffusers, "eager"),
+    "diffusers, compiled": (_denoise_diffusers, "compile"),
+    "diffusers, compiled, CUDA graph": (_denoise_diffusers, "compile graph"),
+}
+TRAIN = {
+    "ours": (_train_ours, "eager"),
+    "ours, compiled": (_train_ours, "compile"),
+    "diffusers": (_train_diffusers, "eager"),
+    "diffusers, compiled": (_train_diffusers, "compile"),
+}
+PROVIDERS = {"denoise step": DENOISE, "denoise loop": DENOISE, "training step": TRAIN}
+
+
+def jobs(small: bool, quick: bool) -> Iterator[Job]:
+    if small:
+        yield from (Job("denoise step", 1, 8, torch.float32), Job("training step", 1, 8, torch.bfloat16))
+        return
+    for batch in (1,) if quick else (1, 4):
+        yield Job("denoise step", batch, 64, torch.float16)
+        yield Job("denoise loop", batch, 64, torch.float16)
+    for batch in (8,) if quick else (8, 32):
+        yield Job("training step", batch, 64, torch.bfloat16)
+
+
+def rows(job: Job, device: torch.device, providers: list[str] | None, small: bool) -> list[dict]:
+    """One row per provider. They cannot all be in memory at once: each is built, timed and freed in turn."""
+    params = TINY if small else SD15
+    table = []
+    for name, (build, how) in PROVIDERS[job.name].items():
+        if providers and not any(name.startswith(p) for p in providers):
+            continue
+        row = {"kind": "job", "job": job.name, "shape": job.label, "dtype": str(job.dtype).removeprefix("torch.")}
+        row |= {"layout": "channels_last", "provider": name}
+        if device.type != "cuda" and "graph" in how:
+            table.append({**row, "reason": "CUDA graphs need a GPU"})
+            continue
+        table.append({**row, **_measure(job, build, how, device, params)})
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return table
+
+
+def _measure(job: Job, build: Callable, how: str, device: torch.device, params: dict[str, Any]) -> dict:
+    try:
+        step = build(job, device, params, how)
+        calls = LOOP_STEPS if job.name == "denoise loop" else 1
+
+        def run(i: int) -> None:
+            for _ in range(calls):
+                step()
+
+        peak = timing.peak_memory(run, device)
+        result = timing.time_one(run, device, rounds=7)
+    except Exception as error:  # a provider may fail in any way at all; its row says how
+        return {"reason": f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"}
+    images = job.batch * (calls if job.name == "denoise loop" else 1)
+    row = {**result.as_row(), "per_second": images / result.median, "peak_memory": peak}
+    if job.side == 64 and device.type == "cuda":
+        flops = TRAIN_FLOPS if job.name == "training step" else 2 * (UNET_FLOPS + CONTROL_FLOPS)
+        row["model_flops_per_s"] = flops * images / result.median
+    return row

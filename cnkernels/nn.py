@@ -2,8 +2,10 @@
 
 from torch import Tensor, nn
 
+from cnkernels import recompute
 from cnkernels.geglu import geglu
 from cnkernels.group_norm_silu import group_norm_silu
+from cnkernels.recompute import Later
 from cnkernels.zero_conv_add import zero_conv_add
 
 
@@ -32,6 +34,10 @@ class GroupNormSiLU(nn.GroupNorm):
     def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         """x [N, C, *spatial], addend [N, C] or None (added before the norm) -> [N, C, *spatial]."""
         return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, self.activation, addend)
+
+    def later(self, x: Tensor, addend: Tensor | None = None) -> Later:
+        """The same, as a promise to a layer that need not keep it for backward (see `cnkernels.recompute`)."""
+        return recompute.group_norm_silu(self, x, addend, self.activation)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cnkernels import recompute
 from cnkernels.nn import ZeroConv2d
 from controlnet.architecture import ControlNetArchitecture
 from controlnet.layers import conv3x3, zeroed
@@ -15,7 +16,16 @@ from controlnet.unet import Trunk, check_shape
 Scale = float | Tensor
 
 
-def hint_encoder(hint_channels: int, stage_channels: Sequence[int], out_channels: int) -> nn.Sequential:
+class HintEncoder(nn.Sequential):
+    """Convolutions with SiLU between them, whose results are not kept for backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = recompute.silu(x) if isinstance(layer, nn.SiLU) else layer(x)
+        return x
+
+
+def hint_encoder(hint_channels: int, stage_channels: Sequence[int], out_channels: int) -> HintEncoder:
     """Pixels to features at the latent's resolution: 3x3 convolutions with SiLU between them, the last one zero.
 
     The first stage keeps the resolution, each further one halves it.
@@ -24,7 +34,7 @@ def hint_encoder(hint_channels: int, stage_channels: Sequence[int], out_channels
     for channels, next_channels in zip(stage_channels, stage_channels[1:], strict=False):
         convs += [conv3x3(channels, channels), conv3x3(channels, next_channels, stride=2)]
     layers = [layer for conv in convs for layer in (conv, nn.SiLU())]
-    return nn.Sequential(*layers, zeroed(conv3x3(stage_channels[-1], out_channels)))
+    return HintEncoder(*layers, zeroed(conv3x3(stage_channels[-1], out_channels)))
 
 
 class ControlNet(Trunk):

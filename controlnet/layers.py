@@ -14,14 +14,47 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import cnkernels
-from cnkernels.nn import GEGLU, GroupNormSiLU
+from cnkernels import layout, recompute
+from cnkernels.nn import GroupNormSiLU
+from cnkernels.recompute import Later
 from controlnet.architecture import GROUPS
 
 Size = tuple[int, int]
 
 
-def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d with square strides that keeps its input only for the gradient of its weight, and no promised input."""
+
+    def forward(self, x: Tensor | Later) -> Tensor:
+        return recompute.chain(x, recompute.Conv(self.stride[0], self.padding[0]), self.weight, self.bias)
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> Conv2d:
+    return Conv2d(in_channels, out_channels, 3, stride, padding=1)
+
+
+class Conv1x1(nn.Conv2d):
+    """A 1x1 convolution added to a residual."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return cnkernels.zero_conv_add(x, self.weight, self.bias, residual)
+
+
+class Linear(nn.Linear):
+    """nn.Linear, whose input may be promised."""
+
+    def forward(self, x: Tensor | Later) -> Tensor:
+        return recompute.chain(x, recompute.Linear(), self.weight, self.bias)
+
+
+class LinearAdd(nn.Linear):
+    """A linear layer over tokens, added to a residual."""
+
+    def forward(self, x: Tensor | Later, residual: Tensor) -> Tensor:
+        return recompute.chain(x, recompute.LinearAdd(), self.weight, self.bias, residual)
 
 
 def zeroed(module: nn.Module) -> nn.Module:
@@ -146,7 +179,7 @@ class ResBlock(nn.Module):
             nn.Dropout(dropout),
             zeroed(conv3x3(out_channels, out_channels)),
         )
-        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        self.skip_connection = nn.Identity() if channels == out_channels else Conv1x1(channels, out_channels)
 
     def forward(self, x: Tensor, embedding: Tensor, size: Size | None = None) -> Tensor:
         """x [N, channels, H, W], embedding [N, embedding_channels], size: of the output if `up`."""
@@ -154,45 +187,50 @@ class ResBlock(nn.Module):
 
     def _forward(self, x: Tensor, embedding: Tensor, size: Size | None) -> Tensor:
         norm, _, conv = self.in_layers
-        h = norm(x)
         if self.down:
-            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
-        if self.up:
-            h, x = F.interpolate(h, size=size, mode="nearest"), F.interpolate(x, size=size, mode="nearest")
-        h = conv(h)
+            h, x = conv(F.avg_pool2d(norm(x), 2)), F.avg_pool2d(x, 2)
+        elif self.up:
+            h, x = (F.interpolate(t, size=size, mode="nearest") for t in (norm(x), x))
+            h = conv(h)
+        else:
+            h = conv(norm.later(x))
+        h = self._second(h, self.emb_layers(embedding))
+        return h + x if isinstance(self.skip_connection, nn.Identity) else self.skip_connection(x, h)
 
+    def _second(self, h: Tensor, embedding: Tensor) -> Tensor:
+        """The second half of the residual branch; embedding [N, out_channels], or twice with use_scale_shift_norm."""
         norm, _, dropout, conv = self.out_layers
-        embedding = self.emb_layers(embedding)  # [N, out_channels], twice as many with use_scale_shift_norm
         if self.use_scale_shift_norm:
             scale, shift = embedding[:, :, None, None].chunk(2, dim=1)
-            h = F.silu(norm(h) * (1 + scale) + shift)
+            h = recompute.silu(norm(h) * (1 + scale) + shift)
         else:
-            h = norm(h, addend=embedding)
-        return self.skip_connection(x) + conv(dropout(h))
+            h = norm.later(h, embedding)
+        return conv(dropout(h.now()) if self.dropout > 0 else h)
 
 
 class TokenLinear(nn.Linear):
-    """A linear layer over tokens [N, S, C], its weight stored as that of a 1x1 convolution: [out, in, 1, ...].
+    """A linear layer over the pixels of an image, its weight stored as that of a 1x1 convolution: [out, in, 1, ...].
 
-    The two are the same product; over tokens, channels_last activations need no copy on the way in or out.
+    The two are the same product; channels_last images need no copy on the way in or out.
     """
 
     def __init__(self, in_features: int, out_features: int, kernel_dims: int):
         super().__init__(in_features, out_features)
         self.weight = nn.Parameter(self.weight.detach().reshape(out_features, in_features, *[1] * kernel_dims))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return F.linear(tokens, self.weight.flatten(1), self.bias)
+    def forward(self, image: Later) -> Tensor:
+        """image [N, in, H, W] -> tokens [N, H * W, out]."""
+        return recompute.chain(image, recompute.Linear(), self.weight.flatten(1), self.bias)
 
 
-def to_tokens(image: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, H * W, C]; a view if the image is channels_last."""
-    return image.permute(0, 2, 3, 1).flatten(1, 2)
+class TokenLinearAdd(TokenLinear):
+    """The way back: tokens [N, H * W, in] added to an image [N, out, H, W], in its memory format."""
 
-
-def to_image(tokens: Tensor, size: Size) -> Tensor:
-    """[N, H * W, C] -> [N, C, H, W], a channels_last view."""
-    return tokens.unflatten(1, size).permute(0, 3, 1, 2)
+    def forward(self, tokens: Tensor, image: Tensor) -> Tensor:
+        x = tokens.unflatten(1, image.shape[2:]).permute(0, 3, 1, 2)
+        return cnkernels.zero_conv_add(
+            layout.match(x, image), self.weight.flatten(1)[:, :, None, None], self.bias, image
+        )
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -207,22 +245,52 @@ def attention_function(use_flash_attention: bool) -> Callable[[Tensor, Tensor, T
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens to a context, or to themselves."""
+    """Multi-head attention of tokens to a context, or to themselves (context_dim None), added to a residual.
 
-    def __init__(self, channels: int, context_dim: int, heads: int, use_flash_attention: bool):
+    What reads one tensor is one product: the weights of q, k and v, or of k and v alone, are one parameter, `to_qkv` or
+    `to_kv`. The state_dict has them apart, as `to_q.weight`, `to_k.weight` and `to_v.weight`, views of it.
+    """
+
+    def __init__(self, channels: int, context_dim: int | None, heads: int, use_flash_attention: bool):
         super().__init__()
         self.heads = heads
         self.attend = attention_function(use_flash_attention)
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_dim, channels, bias=False)
-        self.to_v = nn.Linear(context_dim, channels, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels), nn.Dropout(0.0))
+        if context_dim is None:
+            self.packed, self.parts = "to_qkv", ("to_q", "to_k", "to_v")
+        else:
+            self.packed, self.parts = "to_kv", ("to_k", "to_v")
+            self.to_q = Linear(channels, channels, bias=False)
+        packed = nn.Linear(context_dim or channels, len(self.parts) * channels, bias=False)
+        self.register_parameter(self.packed, packed.weight)
+        self.to_out = nn.Sequential(LinearAdd(channels, channels))
 
-    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
-        """tokens [N, S, channels], context [N, T, context_dim] -> [N, S, channels]."""
-        q, k, v = self.to_q(tokens), self.to_k(context), self.to_v(context)
-        q, k, v = (t.unflatten(2, (self.heads, -1)) for t in (q, k, v))  # [N, S, H, D]
-        return self.to_out(self.attend(q, k, v).flatten(2))
+    def forward(self, tokens: Later, context: Tensor | None, residual: Tensor) -> Tensor:
+        """tokens, residual [N, S, channels], context [N, T, context_dim] or None -> [N, S, channels]."""
+        if context is None:
+            packed = recompute.chain(tokens, recompute.Linear(), self.to_qkv)
+            q, k, v = packed.unflatten(2, (3, self.heads, -1)).unbind(2)  # [N, S, H, D]
+        else:
+            q = self.to_q(tokens).unflatten(2, (self.heads, -1))
+            k, v = F.linear(context, self.to_kv).unflatten(2, (2, self.heads, -1)).unbind(2)
+        return self.to_out[0](self.attend(q, k, v).flatten(2), residual)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        views = destination.pop(prefix + self.packed).chunk(len(self.parts))
+        destination.update({f"{prefix}{part}.weight": view for part, view in zip(self.parts, views, strict=True)})
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        views = getattr(self, self.packed).detach().chunk(len(self.parts))
+        own = {f"{prefix}{part}.weight": view for part, view in zip(self.parts, views, strict=True)}
+        given = {key: state_dict.pop(key) for key in own if key in state_dict}
+        missing += [key for key in own if key not in given] if strict else []
+        for key, tensor in given.items():
+            if tensor.shape != own[key].shape:
+                found, expected = list(tensor.shape), list(own[key].shape)
+                errors.append(f"size mismatch for {key}: the checkpoint has {found}, the model {expected}.")
+                given[key] = own[key]
+        state_dict[prefix + self.packed] = torch.cat([given.get(key, tensor) for key, tensor in own.items()])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
 
 class GEGLUProjection(nn.Module):
@@ -230,23 +298,24 @@ class GEGLUProjection(nn.Module):
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
-        self.proj = nn.Linear(channels, 2 * out_channels)
-        self.activation = GEGLU()
+        self.proj = Linear(channels, 2 * out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.proj(x))
+    def forward(self, x: Later) -> Later:
+        return recompute.geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
-    """GEGLU to four times the width, and back."""
+    """GEGLU to four times the width, and back, added to a residual."""
 
     def __init__(self, channels: int):
         super().__init__()
         inner = 4 * channels
-        self.net = nn.Sequential(GEGLUProjection(channels, inner), nn.Dropout(0.0), nn.Linear(inner, channels))
+        # In the original, a dropout of probability 0 stands between the two.
+        self.net = nn.ModuleList([GEGLUProjection(channels, inner), nn.Identity(), LinearAdd(inner, channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+    def forward(self, x: Later, residual: Tensor) -> Tensor:
+        gated, _, out = self.net
+        return out(gated(x), residual)
 
 
 class BasicTransformerBlock(nn.Module):
@@ -268,7 +337,7 @@ class BasicTransformerBlock(nn.Module):
         super().__init__()
         self.disable_self_attn = disable_self_attn
         self.use_checkpoint = use_checkpoint
-        attn1_dim = context_dim if disable_self_attn else channels
+        attn1_dim = context_dim if disable_self_attn else None
         self.attn1 = CrossAttention(channels, attn1_dim, heads, use_flash_attention)
         self.ff = FeedForward(channels)
         self.attn2 = CrossAttention(channels, context_dim, heads, use_flash_attention)
@@ -280,10 +349,10 @@ class BasicTransformerBlock(nn.Module):
         return checkpointed(self._forward, tokens, context, enabled=self.use_checkpoint)
 
     def _forward(self, tokens: Tensor, context: Tensor) -> Tensor:
-        normed = self.norm1(tokens)
-        tokens = self.attn1(normed, context if self.disable_self_attn else normed) + tokens
-        tokens = self.attn2(self.norm2(tokens), context) + tokens
-        return self.ff(self.norm3(tokens)) + tokens
+        later = recompute.layer_norm
+        tokens = self.attn1(later(self.norm1, tokens), context if self.disable_self_attn else None, tokens)
+        tokens = self.attn2(later(self.norm2, tokens), context, tokens)
+        return self.ff(later(self.norm3, tokens), tokens)
 
 
 class SpatialTransformer(nn.Module):
@@ -312,14 +381,14 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(channels, context_dim, heads, **block_options) for _ in range(depth)
         )
-        self.proj_out = zeroed(TokenLinear(channels, channels, kernel_dims))
+        self.proj_out = zeroed(TokenLinearAdd(channels, channels, kernel_dims))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x [N, C, H, W], context [N, T, context_dim]."""
-        tokens = self.proj_in(to_tokens(self.norm(x)))
+        tokens = self.proj_in(self.norm.later(x))
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
-        return x + to_image(self.proj_out(tokens), x.shape[2:])
+        return self.proj_out(tokens, x)
 
 
 class AttentionBlock(nn.Module):
@@ -347,18 +416,18 @@ class AttentionBlock(nn.Module):
         self.attend = attention_function(use_flash_attention)
         self.norm = GroupNormSiLU(GROUPS, channels, activation=None)
         self.qkv = TokenLinear(channels, 3 * channels, kernel_dims=1)
-        self.proj_out = zeroed(TokenLinear(channels, channels, kernel_dims=1))
+        self.proj_out = zeroed(TokenLinearAdd(channels, channels, kernel_dims=1))
 
     def forward(self, x: Tensor) -> Tensor:
         return checkpointed(self._forward, x, enabled=self.use_checkpoint)
 
     def _forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(to_tokens(self.norm(x)))
+        qkv = self.qkv(self.norm.later(x))
         if self.new_order:
             q, k, v = qkv.unflatten(2, (3, self.heads, -1)).unbind(2)  # [N, S, H, D]
         else:
             q, k, v = qkv.unflatten(2, (self.heads, 3, -1)).unbind(3)
-        return x + to_image(self.proj_out(self.attend(q, k, v).flatten(2)), x.shape[2:])
+        return self.proj_out(self.attend(q, k, v).flatten(2), x)
 
 
 class TimestepSequential(nn.Sequential):

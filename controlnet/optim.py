@@ -97,6 +97,13 @@ class LearningRate:
         return self.min_lr + (self.lr - self.min_lr) * left
 
 
+def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that require a gradient, in place, under the names of the state_dict: those of checkpoints."""
+    with torch.enable_grad():  # else views of a trainable parameter would not require one
+        state = model.state_dict(keep_vars=True)
+    return {name: tensor.detach() for name, tensor in state.items() if tensor.requires_grad}
+
+
 class ExponentialAverage:
     """An exponential moving average of the trainable weights, float32, on their device.
 
@@ -115,8 +122,8 @@ class ExponentialAverage:
         if every < 1:
             raise ConfigError(f"exp_manager.ema.every_n_steps is {every}; expected 1 or more")
         self.decay, self.every, self.updates = decay, every, 0
-        self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.averages: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._weights.items()}
+        self._weights = trainable_tensors(model)
+        self.averages: dict[str, Tensor] = {name: tensor.clone() for name, tensor in self._weights.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -130,7 +137,7 @@ class ExponentialAverage:
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Within it the model holds the averages; afterwards its own weights again, bit for bit."""
-        own = {name: p.detach().clone() for name, p in self._weights.items()}
+        own = {name: tensor.clone() for name, tensor in self._weights.items()}
         self._copy(self.averages)
         try:
             yield

@@ -35,6 +35,7 @@ from torch import Tensor
 from .checkpoints import CheckpointError
 from .config import ConfigError
 from .diffusion import ControlledUNet
+from .optim import trainable_tensors
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -210,7 +211,7 @@ def load_model(model: ControlledUNet, path: Path) -> None:
 def _read_average(model: ControlledUNet, path: Path) -> dict[str, Tensor]:
     """The averaged weights of a checkpoint under the model's names."""
     saved = load_file(path / AVERAGE)
-    own = {prefixed(name): name for name in _trainable_names(model)}
+    own = {prefixed(name): name for name in trainable_tensors(model)}
     for key in sorted(own.keys() ^ saved.keys()):
         raise CheckpointError(f"{path / AVERAGE} does not fit the model, which trains other weights: {key}")
     return {own[key]: tensor for key, tensor in saved.items()}
@@ -219,7 +220,7 @@ def _read_average(model: ControlledUNet, path: Path) -> dict[str, Tensor]:
 @torch.no_grad()
 def load_average(model: ControlledUNet, path: Path) -> None:
     """Puts the averaged weights of a checkpoint into the model, after `load_model`."""
-    weights = dict(model.named_parameters())
+    weights = trainable_tensors(model)
     for name, tensor in _read_average(model, path).items():
         weights[name].copy_(tensor)
 

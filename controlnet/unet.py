@@ -223,7 +223,8 @@ class UNet(Trunk):
             skip = skips[i] if control is None or only_mid_control else skips[i] + control[i]
             size = skips[i - 1].shape[2:]  # what an upsampling at the end of the block must reach
             h = block(torch.cat([h, skip], dim=1), embedding, context, size)
-        return self.out(h)
+        norm, _, conv = self.out
+        return conv(norm.later(h))
 
     def forward(
         self,

@@ -23,11 +23,11 @@ def _adjacent(t: Tensor) -> Tensor:
 def _forward(projected):
     _validate(projected)
     if projected.numel() == 0:
-        return _fake_forward(projected)
+        return fake_forward(projected)
     return dispatch.implementation(_NAME, projected).geglu_fwd(_adjacent(projected))
 
 
-def _fake_forward(projected):
+def fake_forward(projected):
     _validate(projected)
     return projected.new_empty((*projected.shape[:-1], projected.shape[-1] // 2))
 
@@ -51,6 +51,6 @@ def _autograd(ctx, dout):
 
 
 register.op(
-    _NAME, "(Tensor projected) -> Tensor", _forward, _fake_forward, setup_context=_setup_context, autograd=_autograd
+    _NAME, "(Tensor projected) -> Tensor", _forward, fake_forward, setup_context=_setup_context, autograd=_autograd
 )
 register.op(f"{_NAME}_backward", "(Tensor dout, Tensor projected) -> Tensor", _backward, _fake_backward)

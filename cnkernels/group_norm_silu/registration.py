@@ -30,12 +30,12 @@ def _forward(x, groups, weight, bias, eps, activation, addend):
     _validate(x, groups, weight, bias, eps, activation, addend)
     x = layout.dense(x)
     if x.numel() == 0:
-        return _fake_forward(x, groups, weight, bias, eps, activation, addend)
+        return fake_forward(x, groups, weight, bias, eps, activation, addend)
     weight, bias, addend = register.contiguous(weight, bias, addend)
     return dispatch.implementation(_NAME, x).group_norm_silu_fwd(x, groups, weight, bias, eps, activation, addend)
 
 
-def _fake_forward(x, groups, weight, bias, eps, activation, addend):
+def fake_forward(x, groups, weight, bias, eps, activation, addend):
     _validate(x, groups, weight, bias, eps, activation, addend)
     statistics = register.wide_dtype(x.dtype)
     mean = x.new_zeros((x.shape[0], groups), dtype=statistics)
@@ -86,7 +86,7 @@ register.op(
     "(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, str? activation, Tensor? addend) "
     "-> (Tensor, Tensor, Tensor)",
     _forward,
-    _fake_forward,
+    fake_forward,
     setup_context=_setup_context,
     autograd=_autograd,
 )

@@ -1,5 +1,6 @@
 """Pairs of one of our models and diffusers' equivalent with the same random weights, and what comparing them takes."""
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,5 +144,15 @@ def assert_same(got: Tensor, want: Tensor, rtol: float = 1e-10) -> None:
 def assert_same_gradients(ours: UNet | ControlNet, theirs: nn.Module) -> None:
     names = diffusers_names(ours)
     want = dict(theirs.named_parameters())
-    for name, parameter in ours.named_parameters():
-        assert_same(parameter.grad, want[names[name]].grad)
+    got = gradients(ours)
+    assert len(got) == len(want)
+    for name, gradient in got.items():
+        assert_same(gradient, want[names[name]].grad)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients under the names of the state_dict, which has apart what is one parameter in the model."""
+    holder = copy.deepcopy(model)
+    for parameter, source in zip(holder.parameters(), model.parameters(), strict=True):
+        parameter.data = source.grad
+    return holder.state_dict()

@@ -54,7 +54,7 @@ class Job:
         return f"{self.name} B{self.batch} {8 * self.side}x{8 * self.side}"
 
 
-def _images(job: Job, device: torch.device, context_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def images(job: Job, device: torch.device, context_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, hint, timesteps, context of a denoise step with guidance, or of a training step."""
     n = job.batch * (1 if job.name == "training step" else 2)
     options = {"device": device, "dtype": job.dtype}
@@ -80,15 +80,16 @@ def _captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], 
     return replay
 
 
-def _ours(job: Job, device: torch.device, params: dict[str, Any]) -> ControlledUNet:
+def controlled_unet(device: torch.device, params: dict[str, Any]) -> ControlledUNet:
+    """A U-Net with its ControlNet, random weights, channels_last."""
     with device:
         model = ControlledUNet(UNet(**params, out_channels=4), ControlNet(**params, hint_channels=3))
     return model.to(memory_format=torch.channels_last)
 
 
 def _denoise_ours(job: Job, device: torch.device, params: dict[str, Any], how: str) -> Callable[[], Tensor]:
-    model = _ours(job, device, params).to(job.dtype).requires_grad_(False).eval()
-    x, hint, t, context = _images(job, device, params["context_dim"])
+    model = controlled_unet(device, params).to(job.dtype).requires_grad_(False).eval()
+    x, hint, t, context = images(job, device, params["context_dim"])
     guided_hint = model.control.encode_hint(hint)  # does not change over the loop
     forward = torch.compile(model, mode="max-autotune-no-cudagraphs", fullgraph=True) if "compile" in how else model
 
@@ -112,7 +113,7 @@ def _theirs(params: dict[str, Any], device: torch.device):
 
 def _denoise_diffusers(job: Job, device: torch.device, params: dict[str, Any], how: str) -> Callable[[], Tensor]:
     unet, control = (m.to(job.dtype).requires_grad_(False).eval() for m in _theirs(params, device))
-    x, hint, t, context = _images(job, device, params["context_dim"])
+    x, hint, t, context = images(job, device, params["context_dim"])
     if how != "eager":
         mode = "max-autotune" if "graph" in how else "max-autotune-no-cudagraphs"
         mode = mode if device.type == "cuda" else "default"
@@ -131,7 +132,7 @@ def _denoise_diffusers(job: Job, device: torch.device, params: dict[str, Any], h
     return step
 
 
-def _training(job: Job, device: torch.device, model, parameters: list, loss: Callable[[], Tensor]):
+def training(job: Job, device: torch.device, model, parameters: list, loss: Callable[[], Tensor]):
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
 
     def step() -> Tensor:
@@ -147,15 +148,15 @@ def _training(job: Job, device: torch.device, model, parameters: list, loss: Cal
 
 
 def _train_ours(job: Job, device: torch.device, params: dict[str, Any], how: str) -> Callable[[], Tensor]:
-    model = _ours(job, device, params)
+    model = controlled_unet(device, params)
     for parameter in model.unet.parameters():
         parameter.data = parameter.data.to(job.dtype)
     loss = DiffusionLoss(model, NoiseSchedule().to(device))
     if "compile" in how:
         loss.compile(fullgraph=True)
-    x, hint, t, context = _images(job, device, params["context_dim"])
+    x, hint, t, context = images(job, device, params["context_dim"])
     arguments = x.float(), hint, context, torch.randn_like(x).float(), t
-    return _training(job, device, loss, list(model.trainable_parameters()), lambda: loss(*arguments))
+    return training(job, device, loss, list(model.trainable_parameters()), lambda: loss(*arguments))
 
 
 def _train_diffusers(job: Job, device: torch.device, params: dict[str, Any], how: str) -> Callable[[], Tensor]:
@@ -163,7 +164,7 @@ def _train_diffusers(job: Job, device: torch.device, params: dict[str, Any], how
     unet.requires_grad_(False).to(job.dtype)
     if "compile" in how:
         unet, control = torch.compile(unet), torch.compile(control)
-    x, hint, t, context = _images(job, device, params["context_dim"])
+    x, hint, t, context = images(job, device, params["context_dim"])
     schedule, x0, noise = NoiseSchedule().to(device), x.float(), torch.randn_like(x).float()
 
     def loss() -> Tensor:
@@ -173,7 +174,7 @@ def _train_diffusers(job: Job, device: torch.device, params: dict[str, Any], how
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
         return F.mse_loss(unet(x_t.to(job.dtype), t, context, **residuals, return_dict=False)[0].float(), noise)
 
-    return _training(job, device, (unet, control), list(control.parameters()), loss)
+    return training(job, device, (unet, control), list(control.parameters()), loss)
 
 
 DENOISE = {

@@ -5,19 +5,32 @@ from torch.nn import functional as F
 import cnkernels
 from cnkernels.nn import ZeroConv2d
 from tests.cnkernels import harness
+from tests.cnkernels.guards import guarded_empty
 from tests.cnkernels.harness import DEVICE, DTYPES, randn
 
 BACKENDS = harness.backends("zero_conv_add")
+
+
+def channel_slice(t):
+    """The same values as some of the channels of a larger channels_last tensor; NaN in the others."""
+    if t.dim() != 4:
+        return t
+    beside = torch.full_like(t[:, :3], torch.nan)
+    return harness.channels_last(torch.cat((beside, t, beside), 1))[:, beside.shape[1] : -beside.shape[1]]
+
+
 LAYOUTS = {
     "contiguous": harness.as_is,
     "channels_last": harness.channels_last,
     "misaligned": harness.misaligned,
     "strided": harness.strided,
+    "channel_slice": channel_slice,
 }
 SHAPES = [  # N, Cin, Cout, H, W
     pytest.param((2, 64, 64, 8, 8), id="whole-tiles"),
     pytest.param((1, 160, 160, 5, 7), id="160-channels"),
     pytest.param((3, 37, 41, 5, 3), id="primes"),
+    pytest.param((2, 8, 12, 17, 19), id="a-weight-gradient-in-splits"),
     pytest.param((1, 1, 1, 1, 1), id="one-element"),
 ]
 KINDS = {"float": lambda n: None, "0-d": lambda n: randn(), "per-sample": lambda n: randn(n)}
@@ -49,9 +62,10 @@ def inputs(n, cin, cout, height, width, scale=None):
     ]
 
 
-def _scale_terms(channels, height, width):
-    """A scale's gradient is one sum over a sample's outputs."""
-    return {4: channels * height * width}
+def reductions(n, channels, height, width):
+    """Terms in each gradient that is one sum: the weight's and bias's over all pixels, a scale's over all outputs."""
+    pixels = height * width
+    return {1: n * pixels, 2: n * pixels, 4: channels * pixels}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -59,7 +73,16 @@ def _scale_terms(channels, height, width):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_pytorch(shape, layout, dtype, backend):
-    harness.compare(fused(0.7), eager(0.7), inputs(*shape), dtype, backend, arrange=LAYOUTS[layout])
+    n, _, cout, height, width = shape
+    harness.compare(
+        fused(0.7),
+        eager(0.7),
+        inputs(*shape),
+        dtype,
+        backend,
+        arrange=LAYOUTS[layout],
+        reductions=reductions(n, cout, height, width),
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -84,7 +107,7 @@ def test_every_layout_and_upstream_layout(layout, backend):
             backend,
             arrange=LAYOUTS[layout],
             arrange_upstream=upstream,
-            reductions=_scale_terms(24, 5, 7),
+            reductions=reductions(2, 24, 5, 7),
         )
         kept = torch.channels_last if layout == "channels_last" else torch.contiguous_format
         assert y.is_contiguous(memory_format=kept) and dx.is_contiguous(memory_format=kept)
@@ -97,7 +120,7 @@ def test_optional_arguments(without, backend):
     bias = None if without in ("bias", "both") else bias
     residual = None if without in ("residual", "both") else residual
     tensors = [x, weight, bias, residual, scale]
-    harness.compare(fused(), eager(), tensors, torch.float32, backend, reductions=_scale_terms(8, 3, 5))
+    harness.compare(fused(), eager(), tensors, torch.float32, backend, reductions=reductions(2, 8, 3, 5))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -116,6 +139,14 @@ def test_out_writes_its_slice_and_nothing_else(first, layout, backend):
     assert torch.equal(out, expected)
     rest = torch.cat((whole[:, :first], whole[:, first + 20 :]), dim=1)
     assert torch.equal(rest, torch.full_like(rest, 42.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_writes_nothing_outside_its_outputs(layout, backend):
+    tensors = [LAYOUTS[layout](t.half()) if t.dim() == 4 else t.half() for t in inputs(2, 37, 41, 5, 3, randn(2))]
+    with cnkernels.backend(backend), guarded_empty():
+        harness.run(fused(), tensors, randn(2, 41, 5, 3).half())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -179,6 +210,16 @@ def test_repeatable_bit_for_bit(layout, backend):
     upstream = randn(2, 48, 9, 7).half()
     with cnkernels.backend(backend):
         harness.assert_repeatable(lambda: harness.run(fused(), tensors, upstream))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gradient_of_the_weight_has_its_strides(layout):
+    x, weight, bias, residual, _ = (t if t is None else t.float() for t in inputs(1, 8, 8, 3, 3))
+    weight = weight.as_strided(
+        weight.shape, (8, 1, 8, 8) if layout == "channels_last" else (8, 1, 1, 1)
+    ).requires_grad_()
+    (dweight,) = torch.autograd.grad(cnkernels.zero_conv_add(x, weight, bias, residual).square().sum(), weight)
+    assert dweight.stride() == weight.stride()
 
 
 def test_gradcheck():

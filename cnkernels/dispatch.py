@@ -37,6 +37,7 @@ CAPABILITIES = {
     ("attention", "triton"): Capability(_NARROW, compute_capability=(8, 0), head_dims=range(1, 257)),
     ("group_norm_silu", "triton"): Capability(_NARROW, compute_capability=(8, 0)),
     ("group_norm_silu", "cuda"): Capability(_NARROW, compute_capability=(8, 0)),
+    ("zero_conv_add", "cuda"): Capability(_NARROW, compute_capability=(8, 0)),
     ("zero_conv_add", "triton"): Capability(_NARROW, compute_capability=(8, 0)),
     ("geglu", "triton"): Capability(_NARROW, compute_capability=(8, 0)),
 }

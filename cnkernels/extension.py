@@ -71,6 +71,11 @@ def prepare(*tensors: Tensor | None) -> tuple[ModuleType, object]:
     return library, library.Place()
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; a few on a CPU, where tests want several blocks but not many."""
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 

@@ -83,6 +83,40 @@ void bind_group_norm_silu(py::module_& module) {
   module.def("group_norm_silu_bwd_shared", &group_norm_silu_bwd_shared);
 }
 
+void bind_zero_conv_add(py::module_& module) {
+  bind_struct<ZeroConv>(module, "ZeroConv")
+      .def_readwrite("samples", &ZeroConv::samples)
+      .def_readwrite("in_channels", &ZeroConv::in_channels)
+      .def_readwrite("out_channels", &ZeroConv::out_channels)
+      .def_readwrite("positions", &ZeroConv::positions)
+      .def_readwrite("channels_last", &ZeroConv::channels_last)
+      .def_readwrite("x", &ZeroConv::x)
+      .def_readwrite("weight", &ZeroConv::weight)
+      .def_readwrite("bias", &ZeroConv::bias)
+      .def_readwrite("residual", &ZeroConv::residual)
+      .def_readwrite("out", &ZeroConv::out)
+      .def_readwrite("out_sample", &ZeroConv::out_sample)
+      .def_readwrite("out_channel", &ZeroConv::out_channel)
+      .def_readwrite("out_position", &ZeroConv::out_position)
+      .def_readwrite("scale", &ZeroConv::scale)
+      .def_readwrite("scale_stride", &ZeroConv::scale_stride)
+      .def_readwrite("factor", &ZeroConv::factor)
+      .def_readwrite("dout", &ZeroConv::dout)
+      .def_readwrite("dx", &ZeroConv::dx)
+      .def_readwrite("dweight", &ZeroConv::dweight)
+      .def_readwrite("dbias", &ZeroConv::dbias)
+      .def_readwrite("dscale", &ZeroConv::dscale)
+      .def_readwrite("dweight_partial", &ZeroConv::dweight_partial)
+      .def_readwrite("splits", &ZeroConv::splits)
+      .def_readwrite("dot_partial", &ZeroConv::dot_partial)
+      .def_readwrite("channel_sums", &ZeroConv::channel_sums)
+      .def_readwrite("sum_parts", &ZeroConv::sum_parts);
+  module.attr("ZERO_CONV_TILE") = kZeroConvTile;
+  module.attr("ZERO_CONV_GROUP") = kZeroConvGroup;
+  module.def("zero_conv_add_fwd", &zero_conv_add_fwd);
+  module.def("zero_conv_add_bwd", &zero_conv_add_bwd);
+}
+
 #ifdef CNK_HOST
 // The kernels of the next calls may touch these (address, bytes) and nothing else.
 void watch(const std::vector<std::pair<uintptr_t, size_t>>& tensors) {
@@ -100,6 +134,7 @@ PYBIND11_MODULE(CNK_MODULE, module) {
       .value("bfloat16", Dtype::bfloat16);
   bind_struct<Place>(module, "Place").def_readwrite("device", &Place::device).def_readwrite("stream", &Place::stream);
   bind_group_norm_silu(module);
+  bind_zero_conv_add(module);
 #ifdef CNK_HOST
   module.def("watch", &watch);
 #else

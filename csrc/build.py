@@ -17,7 +17,8 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parent
 KERNELS = sorted(CSRC.glob("*.cu"))
 DEFAULT_ARCHS = "80;90a"
-_HOST_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wextra")
+_WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")
+_HOST_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", *_WARNINGS)
 _NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart", "static")
 
 

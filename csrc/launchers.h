@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace cnk {
 
@@ -54,5 +55,32 @@ void group_norm_silu_bwd(const Place& place, const GroupNormBackward& call);
 // Bytes of shared memory per block that the cluster form of a direction takes.
 size_t group_norm_silu_fwd_shared(Dtype dtype, const GroupNormCut& cut);
 size_t group_norm_silu_bwd_shared(Dtype dtype, const GroupNormCut& cut);
+
+constexpr int kZeroConvTile = 64;   // rows and columns of the tiles that zero_conv_add computes
+constexpr int kZeroConvGroup = 16;  // layers in one launch
+
+// One layer: out [N, Cout, positions] = residual + scale * (weight [Cout, Cin] x [N, Cin, positions] + bias).
+// x, residual, dout and dx are dense in one memory format; out has the strides given.
+struct ZeroConv {
+  int64_t samples = 0, in_channels = 0, out_channels = 0, positions = 0;
+  bool channels_last = false;
+  uintptr_t x = 0, weight = 0, bias = 0, residual = 0, out = 0;
+  int64_t out_sample = 0, out_channel = 0, out_position = 0;  // strides of out in elements
+  uintptr_t scale = 0;                                         // float32 [N] (stride 1) or [] (stride 0); 0: `factor`
+  int64_t scale_stride = 0;
+  float factor = 1;
+
+  // The backward pass only.
+  uintptr_t dout = 0, dx = 0, dweight = 0, dbias = 0, dscale = 0;
+  uintptr_t dweight_partial = 0;  // float32 [splits, Cout, Cin]
+  int splits = 1;                 // for a scale per sample a multiple of the samples
+  uintptr_t dot_partial = 0;      // float32 [N, tiles of dx], where dscale is asked for
+  uintptr_t channel_sums = 0;     // float32 [N, sum_parts, Cout], where dbias or dscale is asked for
+  int sum_parts = 1;
+};
+
+// All layers share dtype and memory format; the launch is `blocks` persistent blocks. At most kZeroConvGroup layers.
+void zero_conv_add_fwd(const Place& place, Dtype dtype, const std::vector<ZeroConv>& layers, int blocks);
+void zero_conv_add_bwd(const Place& place, Dtype dtype, const std::vector<ZeroConv>& layers, int blocks);
 
 }  // namespace cnk

@@ -128,10 +128,12 @@ def plan(library: ModuleType, x: Tensor, groups: int, shared_bytes, tensors: tup
         for size in (1, 2, 4, _MAX_CLUSTER):
             cut.splits = size
             fits = shared_bytes(dtype, cut) <= _CLUSTER_SHARED
-            if fits and (slabs * size >= _multiprocessors(x.device) or size * 64 >= positions or size == _MAX_CLUSTER):
+            if fits and (
+                slabs * size >= extension.multiprocessors(x.device) or size * 64 >= positions or size == _MAX_CLUSTER
+            ):
                 return cut
     cut.cluster = False
-    enough = 4 * _multiprocessors(x.device) // slabs  # blocks per slab that fill the GPU
+    enough = 4 * extension.multiprocessors(x.device) // slabs  # blocks per slab that fill the GPU
     cut.splits = max(1, min(enough, positions // 64, 64))
     return cut
 
@@ -159,11 +161,6 @@ def _threads(span: int, channels_last: bool) -> int:
 def _has_clusters(device: torch.device) -> bool:
     """sm_90 and later, and the CPU execution, which has the cluster form so that it is tested."""
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def _multiprocessors(device: torch.device) -> int:
-    """Of the GPU; small on a CPU, where the tests want several blocks but not many."""
-    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _channels(library: ModuleType, tensor: Tensor | None):

@@ -206,9 +206,8 @@ class Arena {
 // Starts to copy 16 bytes into to[i]; of these only the first `valid` elements are read, the rest become zero.
 template <class T>
 __device__ __forceinline__ void copy_async(Shared<T> to, int i, Global<const T> from, int64_t j, int valid) {
-  constexpr int kElements = 16 / sizeof(T);
 #ifdef CNK_HOST
-  host::team().check_index(to.name, i, kElements, to.size, sizeof(T));
+  host::team().check_index(to.name, i, 16 / sizeof(T), to.size, sizeof(T));
   host::team().copy_async(to.offset + i * sizeof(T), 16, from.pointer + j, valid * sizeof(T), to.name, i);
 #else
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address(i)), "l"(from.pointer + j),

@@ -23,7 +23,7 @@ SHAPES = [
 def force(monkeypatch, form: str, blocks: int) -> None:
     """Makes the plan take one form, with as many blocks per slab as it may."""
     monkeypatch.setattr(cuda_kernels, "_has_clusters", lambda device: form == "cluster")
-    monkeypatch.setattr(cuda_kernels, "_multiprocessors", lambda device: blocks)
+    monkeypatch.setattr(extension, "multiprocessors", lambda device: blocks)
 
 
 @pytest.mark.parametrize("form, blocks", [("portable", 1), ("portable", 100), ("cluster", 1), ("cluster", 100)])

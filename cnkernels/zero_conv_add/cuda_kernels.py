@@ -1,0 +1,162 @@
+"""zero_conv_add on csrc/zero_conv_add*.cu, one layer or a group of them in one launch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from cnkernels import extension, layout
+
+Scale = float | Tensor
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+_BLOCKS_PER_MULTIPROCESSOR = 4  # of 128 threads and at most 56 KiB of shared memory
+_DEPTH = 32  # positions that one step of dweight sums
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One zero convolution of a group: the arguments of cnkernels.zero_conv_add."""
+
+    x: Tensor  # [N, Cin, H, W]
+    weight: Tensor  # [Cout, Cin, 1, 1]
+    bias: Tensor | None = None  # [Cout]
+    residual: Tensor | None = None  # [N, Cout, H, W]
+    scale: Scale = 1.0  # float, or float32 [] or [N]
+    out: Tensor | None = None  # [N, Cout, H, W], may be a channel slice of a larger channels_last tensor
+
+
+def zero_conv_add_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, scale: Scale, out: Tensor | None = None
+) -> Tensor:
+    return zero_conv_add_group_fwd([Layer(x, weight, bias, residual, scale, out)])[0]
+
+
+def zero_conv_add_group_fwd(layers: Sequence[Layer]) -> list[Tensor]:
+    """out = residual + scale * (conv1x1(x, weight) + bias) for every layer, up to 16 in one launch.
+
+    Args:
+        layers: of one dtype, device and memory format of x; residuals in the memory format of x.
+
+    Returns:
+        The outputs: the `out` that a layer names, or else a new tensor in the memory format of x.
+    """
+    layers = [_with_out(_with_dense_scale(layer)) for layer in layers]
+    x = layers[0].x
+    tensors = [t for layer in layers for t in vars(layer).values() if isinstance(t, Tensor)]
+    library, place = extension.prepare(*tensors)
+    calls = [_describe(library, layer, layer.out) for layer in layers]
+    blocks = _BLOCKS_PER_MULTIPROCESSOR * extension.multiprocessors(x.device)
+    for first in range(0, len(calls), library.ZERO_CONV_GROUP):
+        group = calls[first : first + library.ZERO_CONV_GROUP]
+        library.zero_conv_add_fwd(place, extension.dtype_of(library, x), group, blocks)
+    return [layer.out for layer in layers]
+
+
+def zero_conv_add_bwd(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Scale, need: tuple[bool, bool, bool, bool]
+) -> Gradients:
+    return zero_conv_add_group_bwd([dout], [Layer(x, weight, bias, None, scale)], [need])[0]
+
+
+def zero_conv_add_group_bwd(
+    douts: Sequence[Tensor], layers: Sequence[Layer], needs: Sequence[tuple[bool, bool, bool, bool]]
+) -> list[Gradients]:
+    """Gradients of (x, weight, bias, scale) of every layer: one launch for all dx, one for all dweight, then the sums.
+
+    With a scale per sample, dweight takes float32 workspace of at least N times the size of the weight.
+    """
+    layers = [_with_dense_scale(layer) for layer in layers]
+    x = layers[0].x
+    library = extension.module_for(x.device)
+    blocks = _BLOCKS_PER_MULTIPROCESSOR * extension.multiprocessors(x.device)
+    douts = [layout.match(dout, layer.x) for dout, layer in zip(douts, layers, strict=True)]
+    gradients = [_empty_gradients(layer, need) for layer, need in zip(layers, needs, strict=True)]
+    plans = [_workspace(library, layer, need, blocks) for layer, need in zip(layers, needs, strict=True)]
+    inputs = [t for layer in layers for t in vars(layer).values() if isinstance(t, Tensor)]
+    outputs = [t for made in (*gradients, *plans) for t in made if isinstance(t, Tensor)]
+    library, place = extension.prepare(x, *inputs, *douts, *outputs)
+    calls = []
+    for dout, layer, made, plan in zip(douts, layers, gradients, plans, strict=True):
+        call = _describe(library, layer, dout)
+        call.dout = dout.data_ptr()
+        call.dx, call.dweight, call.dbias, call.dscale = (extension.address(t) for t in made)
+        partial, call.splits, dots, sums, call.sum_parts = plan
+        call.dweight_partial, call.dot_partial, call.channel_sums = (
+            extension.address(t) for t in (partial, dots, sums)
+        )
+        calls.append(call)
+    for first in range(0, len(calls), library.ZERO_CONV_GROUP):
+        group = calls[first : first + library.ZERO_CONV_GROUP]
+        library.zero_conv_add_bwd(place, extension.dtype_of(library, x), group, blocks)
+    return gradients
+
+
+def _with_out(layer: Layer) -> Layer:
+    if layer.out is not None:
+        return layer
+    x, channels = layer.x, layer.weight.shape[0]
+    memory_format = torch.channels_last if layout.is_channels_last(x) else torch.contiguous_format
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return replace(layer, out=torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format))
+
+
+def _with_dense_scale(layer: Layer) -> Layer:
+    return replace(layer, scale=layer.scale.contiguous()) if isinstance(layer.scale, Tensor) else layer
+
+
+def _describe(library: ModuleType, layer: Layer, out: Tensor) -> object:
+    """The struct of csrc/launchers.h for a layer, its output in the strides of `out`."""
+    x, scale = layer.x, layer.scale
+    is_tensor = isinstance(scale, Tensor)
+    return library.ZeroConv(
+        samples=x.shape[0],
+        in_channels=x.shape[1],
+        out_channels=layer.weight.shape[0],
+        positions=x.shape[2] * x.shape[3],
+        channels_last=layout.is_channels_last(x),
+        x=x.data_ptr(),
+        weight=layer.weight.data_ptr(),
+        bias=extension.address(layer.bias),
+        residual=extension.address(layer.residual),
+        out=out.data_ptr(),
+        out_sample=out.stride(0),
+        out_channel=out.stride(1),
+        out_position=out.stride(3) if out.shape[3] > 1 else out.stride(2),
+        scale=scale.data_ptr() if is_tensor else 0,
+        scale_stride=scale.dim() if is_tensor else 0,
+        factor=1.0 if is_tensor else scale,
+    )
+
+
+def _empty_gradients(layer: Layer, need: tuple[bool, bool, bool, bool]) -> Gradients:
+    inputs = (layer.x, layer.weight, layer.bias, layer.scale)
+    return tuple(torch.empty_like(t) if wanted else None for t, wanted in zip(inputs, need, strict=True))
+
+
+def _workspace(library: ModuleType, layer: Layer, need: tuple[bool, bool, bool, bool], blocks: int):
+    """(dweight partials, splits, dot products, channel sums, sum parts), float32, None where not needed."""
+    x = layer.x
+    samples, channels, positions = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+    out_channels, tile = layer.weight.shape[0], library.ZERO_CONV_TILE
+
+    def new(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.float32, device=x.device)
+
+    partial = dots = sums = None
+    splits = sum_parts = 1
+    if need[1]:
+        ranges = samples if isinstance(layer.scale, Tensor) and layer.scale.dim() else 1  # one scale in each
+        steps = math.ceil(positions / _DEPTH) * samples // ranges
+        tiles = math.ceil(out_channels / tile) * math.ceil(channels / tile)
+        splits = ranges * max(1, min(steps // 4, blocks // (tiles * ranges)))
+        partial = new(splits, out_channels, channels)
+    if need[3]:
+        dots = new(samples, math.ceil(positions / tile) * math.ceil(channels / tile))
+    if need[2] or (need[3] and layer.bias is not None):
+        sum_parts = max(1, min(positions // 64, blocks // (samples * math.ceil(out_channels / 32))))
+        sums = new(samples, sum_parts, out_channels)
+    return partial, splits, dots, sums, sum_parts

@@ -175,8 +175,6 @@ class WorkerStream(IterableDataset):
         return [] if result is None else [_Decoded(*result, sample.key)]
 
     def _drop(self, drop: Drop) -> None:
-        if (drop.shard, drop.key) in self.known_bad:
-            return
         self.known_bad.add((drop.shard, drop.key))
         self.drops.append(drop)
         bad, seen, tolerated = len(self.known_bad), sum(self.seen.values()), self.plan.max_bad_fraction

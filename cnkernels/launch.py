@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from cnkernels.aot_case import AotCase, case_of
@@ -10,11 +11,12 @@ from cnkernels.aot_case import AotCase, case_of
 class Launch(NamedTuple):
     kernel: object
     grid: tuple[int, ...]
-    arguments: tuple  # in the kernel's order, without those in `config`
+    arguments: tuple  # in the kernel's order, without those in `config`; the first is a tensor
     config: dict  # the kernel's constants, num_warps and num_stages
 
     def __call__(self) -> None:
-        self.kernel[self.grid](*self.arguments, **self.config)
+        with torch.cuda.device_of(self.arguments[0]):  # Triton launches on the current device, whatever the tensors'
+            self.kernel[self.grid](*self.arguments, **self.config)
 
     def case(self, name: str, uses_matrix_units: bool = False) -> AotCase:
         """This launch for `cnkernels.aot`; tensors may be on the meta device."""

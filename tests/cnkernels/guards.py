@@ -5,7 +5,7 @@ from unittest import mock
 
 import torch
 
-_MARGIN = 1 << 16  # bytes on either side
+_MARGIN = 1 << 18  # bytes on either side
 _SENTINEL = 42
 
 

@@ -1,6 +1,6 @@
 """Trains the base of the quickstart, the small text-to-image U-Net that its ControlNet steers.
 
-    python -m controlnet.quickstart.make_base [--steps 3000] [--output controlnet/quickstart/base.safetensors]
+    python -m controlnet.quickstart.make_base [--steps 5000] [--output controlnet/quickstart/base.safetensors]
 
 The result is in the repository; this is how it was made. The U-Net sees captions and no hints.
 """
@@ -110,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m controlnet.quickstart.make_base", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--output", type=Path, default=BASE)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

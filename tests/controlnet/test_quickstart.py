@@ -185,11 +185,11 @@ def test_the_loss_curve_falls_with_the_loss():
     assert loss_curve([1], [0.5]).size == loss_curve(steps, [2.0] * 10).size  # one value, a flat curve
 
 
-def test_the_whole_of_it_in_a_few_steps_says_that_it_has_not_learnt(tmp_path, capsys):
+def test_the_whole_of_it_in_a_few_steps_says_that_it_has_not_learnt(tmp_path, capfd):
     options = ["trainer.max_steps=2", "model.image_logger.max_images=0", "exp_manager.create_tensorboard_logger=False"]
     options += ["model.micro_batch_size=2", "data.num_workers=0", "trainer.log_every_n_steps=1"]
     status = quickstart.run(tmp_path, options, scene_count=3, shard_sizes=(4, 4))
-    captured = capsys.readouterr()
+    captured = capfd.readouterr()
     assert status == 1
     assert "error: the control score after training is" in captured.err
     result = json.loads((tmp_path / "scores.json").read_text())

@@ -79,13 +79,14 @@ class Compiled:
 HEADER = f"{'arch':<7}{'kernel and shape':<58}{'warps':>6}{'regs':>6}{'spills':>7}{'shared':>9}{'16B/loads':>10}  unit"
 
 
-def cases(op: str) -> list[AotCase]:
-    """The op's cases, one of each binary; none where the op has no Triton kernels yet."""
+def cases(op: str, arch: int) -> list[AotCase]:
+    """The op's cases on that architecture, one of each binary."""
     module = importlib.import_module(f"cnkernels.{op}.triton_kernels")
     distinct = {}
     for case in module.aot_cases():
         case = case if isinstance(case, AotCase) else AotCase(*case)
-        distinct.setdefault(case.key, case)
+        if case.archs is None or arch in case.archs:
+            distinct.setdefault(case.key, case)
     return list(distinct.values())
 
 
@@ -99,7 +100,7 @@ def compile_case(case: AotCase, arch: int) -> Compiled:
     aligned = (name for name, kind in case.signature.items() if kind.startswith("*") or kind.endswith(":16"))
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(case.kernel, types, dict(case.constexprs), attributes)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg}
     binary = compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return _read(case, arch, binary.asm["cubin"], binary.metadata.shared)
 
@@ -137,13 +138,13 @@ def _tool(name: str, *arguments: str) -> str:
 
 def _compile_indexed(job: tuple[str, int, int]) -> Compiled:
     op, index, arch = job
-    return compile_case(cases(op)[index], arch)
+    return compile_case(cases(op, arch)[index], arch)
 
 
-def sample(op: str, every: int, offset: int) -> list[int]:
+def sample(op: str, arch: int, every: int, offset: int) -> list[int]:
     """Indices of one in `every` of each kernel's cases, of one at least; another `offset` takes others."""
     by_kernel = {}
-    for index, case in enumerate(cases(op)):
+    for index, case in enumerate(cases(op, arch)):
         by_kernel.setdefault(case.kernel.__name__, []).append(index)
     chosen = []
     for indices in by_kernel.values():
@@ -154,7 +155,7 @@ def sample(op: str, every: int, offset: int) -> list[int]:
 
 def report(archs: list[int], ops: list[str], every: int = 1, processes: int = 2) -> Iterator[Compiled]:
     """Compiles the cases, or one in `every`, others for each architecture; yields them in a fixed order."""
-    jobs = [(op, index, arch) for op in ops for i, arch in enumerate(archs) for index in sample(op, every, i)]
+    jobs = [(op, index, arch) for op in ops for i, arch in enumerate(archs) for index in sample(op, arch, every, i)]
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may deadlock
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         yield from pool.map(_compile_indexed, jobs)

@@ -20,12 +20,15 @@ class AotCase:
     num_warps: int
     num_stages: int
     uses_matrix_units: bool
+    maxnreg: int | None = None
+    archs: tuple[int, ...] | None = None  # those that it is launched so on; None is every one
 
     @cached_property
     def key(self):
         """Cases with one key are one binary."""
         constants = tuple(sorted((name, repr(value)) for name, value in self.constexprs.items()))
-        return self.kernel.__name__, tuple(self.signature.items()), constants, self.num_warps, self.num_stages
+        options = self.num_warps, self.num_stages, self.maxnreg
+        return self.kernel.__name__, tuple(self.signature.items()), constants, options, self.archs
 
 
 _POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}

@@ -412,3 +412,21 @@ def _sum_parts(parts, like):
     grid = (triton.cdiv(total.numel(), 1024),)
     _attention_bwd_sum_kernel[grid](parts, total, total.numel(), parts.shape[0], 1024, num_warps=4)
     return total
+
+
+def backward_launches(shape: tuple[int, ...], keys: int, itemsize: int, capability: int, unit: int) -> list[tuple]:
+    """(name, kernel, constants, Config, float32 partial sums) of each launch of a backward for all three gradients."""
+    batch, queries, heads, head_dim = shape
+    config = _query_config(head_dim, itemsize, capability)
+    constants = _constants(head_dim, itemsize, capability, unit, config)
+    launches = [("bwd dq", _attention_bwd_query_kernel, constants | {"NEED_Q": True}, config, [])]
+    config = _key_config(head_dim, itemsize, capability)
+    constants = _constants(head_dim, itemsize, capability, unit, config)
+    _, parts = _split_queries(queries, triton.cdiv(keys, config.block_n) * batch * heads, config.block_m)
+    partial = ["dk_ptr", "dv_ptr"] if parts > 1 else []
+    for need_k, need_v in _key_passes(head_dim, itemsize, capability, True, True):
+        name = "bwd " + " ".join(["dk"] * need_k + ["dv"] * need_v)
+        launches.append(
+            (name, _attention_bwd_key_kernel, constants | {"NEED_K": need_k, "NEED_V": need_v}, config, partial)
+        )
+    return launches

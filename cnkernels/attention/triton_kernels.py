@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cnkernels.attention.triton_backward import attention_bwd  # noqa: F401  (this module is the backend)
+from cnkernels.attention.triton_backward import attention_bwd, backward_launches  # noqa: F401  (the backend's other half)
 from cnkernels.attention.triton_tiles import (
     Config,
     add_product,
@@ -32,7 +32,6 @@ from cnkernels.attention.triton_tiles import (
 # A tile keeps its old row maxima until a score exceeds one by this, in log2: P stays within 2^8, float16 takes 2^15.
 _LAG = tl.constexpr(8.0)
 _LN2 = tl.constexpr(math.log(2))
-_SINGLE_PASS_KEYS = 256
 
 
 @triton.jit
@@ -197,8 +196,13 @@ def _attention_fwd_single_kernel(
     _finish(out_ptr, lse_ptr, acc, row_max, row_sum, rows, batch, head, heads, queries, HEAD_DIM, COLUMNS)
 
 
+def _single_pass(keys: int, head_dim: int, itemsize: int, capability: int) -> bool:
+    """Whether all scores of a row fit a tile: 256 keys, fewer where matrix units read wide heads from registers."""
+    return itemsize == 2 and keys <= 256 and (keys * head_dim <= 128 * 160 or capability in (9, 10))
+
+
 def _fwd_config(shape: tuple[int, ...], keys: int, itemsize: int, capability: int) -> Config:
-    """Tiles of the forward kernels; all keys in one tile (`_attention_fwd_single_kernel`) up to 256 of them.
+    """Tiles of the forward kernels.
 
     Short tiles where tiles of 128 queries would leave multiprocessors idle, and for wide heads on GPUs whose matrix
     units read registers. maxnreg fits two programs on an sm_90 multiprocessor.
@@ -207,8 +211,8 @@ def _fwd_config(shape: tuple[int, ...], keys: int, itemsize: int, capability: in
     many = batch * heads * triton.cdiv(queries, 128) >= 128
     if itemsize == 4:
         return Config(32, 32, 4, 1)
-    if keys <= _SINGLE_PASS_KEYS:
-        return Config(64, keys, 8 if keys * head_dim > 128 * 160 and capability in (9, 10) else 4, 1)
+    if _single_pass(keys, head_dim, itemsize, capability):
+        return Config(64, keys, 8 if keys * head_dim > 128 * 160 else 4, 1)
     if capability not in (9, 10):
         if head_dim <= 64:
             return Config(128, 64, 8, 3) if many else Config(64, 64, 4, 3)
@@ -238,7 +242,7 @@ def _fwd_launch(shape: tuple[int, ...], keys: int, itemsize: int, capability: in
         "UNIT": unit,
         "BLOCK_M": config.block_m,
     }
-    if keys <= _SINGLE_PASS_KEYS:
+    if _single_pass(keys, head_dim, itemsize, capability):
         blocks = column_blocks(keys, 128)
         ragged = len(blocks) - 1 if keys < sum(blocks) else -1
         return _attention_fwd_single_kernel, constants | {"KEYS": blocks, "RAGGED": ragged}, config
@@ -289,3 +293,36 @@ def attention_fwd(q, k, v, scale):
             **config.options(),
         )
     return out, lse
+
+
+def aot_cases() -> list:
+    """The kernels of Stable Diffusion 1.5's self- and cross-attention at 512x512, batch 2, for cnkernels.aot."""
+    from cnkernels.aot_case import AotCase
+
+    cases = []
+    for archs, capability in (((80, 120), 8), ((90,), 9), ((100,), 10)):
+        for length, head_dim in ((4096, 40), (1024, 80), (256, 160), (64, 160)):
+            for keys in (length, 77):
+                shape, itemsize = (2, length, 8, head_dim), 2
+                name = f"{length}x{keys} head_dim={head_dim} fp16"
+                launches = [("fwd", *_fwd_launch(shape, keys, itemsize, capability, 8), [])]
+                launches += backward_launches(shape, keys, itemsize, capability, 8)
+                for stem, kernel, constants, config, wide in launches:
+                    cases.append(
+                        AotCase(
+                            f"{stem} {name}", kernel, _signature(kernel, constants, wide), constants,
+                            config.num_warps, config.num_stages, True, config.maxnreg, archs,
+                        )
+                    )  # fmt: skip
+    return cases
+
+
+def _signature(kernel, constants: dict, wide: list[str]) -> dict[str, str]:
+    """Types of a float16 call; `wide` names the gradients that are float32 partial sums."""
+    float32 = {"lse_ptr", "delta_ptr", "norm_ptr", *wide}
+    names = [name for name in kernel.arg_names if name not in constants]
+    kinds = {True: "*fp32", False: "*fp16"}
+    return {
+        name: kinds[name in float32] if name.endswith("_ptr") else "fp32" if name == "scale" else "i32"
+        for name in names
+    }

@@ -34,6 +34,11 @@ def conv2d(x: Tensor, weight: Tensor, bias: Maybe = None, stride: int = 1, paddi
     return _FrozenConv.apply(*register.autocast(x, weight, bias), stride, padding)
 
 
+def conv1x1_add(x: Tensor, weight: Tensor, bias: Maybe, residual: Tensor) -> Tensor:
+    """`cnkernels.zero_conv_add` of scale 1, which a compiler may take for the constant that it is."""
+    return torch.ops.cnkernels.zero_conv_add(*register.autocast(x, weight, bias, residual), None, 1.0)
+
+
 @dataclass(frozen=True)
 class Later:
     """What `function` makes of `inputs`, not computed yet: the argument of `chain`."""
@@ -198,13 +203,12 @@ class LinearAdd:
     """residual + linear(x) over tokens [N, S, C], as one cnkernels.zero_conv_add."""
 
     def forward(self, x: Tensor, weight: Tensor, bias: Maybe, residual: Tensor) -> Tensor:
-        x, weight, bias, residual = register.autocast(x, weight[:, :, None, None], bias, residual)
-        return _row(torch.ops.cnkernels.zero_conv_add(_column(x), weight, bias, _column(residual), None, 1.0))
+        return _row(conv1x1_add(_column(x), weight[:, :, None, None], bias, _column(residual)))
 
     def backward(self, dout: Tensor, x: Tensor, weight: Tensor, bias: Maybe, need: list[bool]) -> list[Maybe]:
         need = [*need, False]
         gradients = torch.ops.cnkernels.zero_conv_add_backward(
-            _column(dout), _column(x), weight[:, :, None, None], bias, None, 1.0, need
+            _column(dout), _column(x), weight[:, :, None, None], bias, None, 1.0, True, need
         )
         dx, dweight, dbias, _ = register.spread(gradients, need)
         return [dx if dx is None else _row(dx), dweight if dweight is None else dweight.view(weight.shape), dbias]

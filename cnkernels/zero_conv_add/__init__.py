@@ -38,8 +38,9 @@ def zero_conv_add(
 
     Notes:
         Differentiable in x, weight, bias, residual and scale; only the gradients asked for are computed, and all are
-        deterministic; the gradient of `residual` is the upstream gradient itself. Saved for backward: x, weight, bias
-        and scale. Under autocast x, weight, bias and residual are cast to autocast's dtype.
+        deterministic; the gradient of `residual` is the upstream gradient itself. Saved for backward: weight, bias,
+        scale, and x where weight or scale needs a gradient. Under autocast x, weight, bias and residual are cast to
+        autocast's dtype.
         Zhang et al., "Adding Conditional Control to Text-to-Image Diffusion Models", 2023.
     """
     x, weight, bias, residual = register.autocast(x, weight, bias, residual)

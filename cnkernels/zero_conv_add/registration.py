@@ -109,41 +109,52 @@ def _fake_forward_out(x, weight, bias, residual, scale, factor, out):
     _expect_like(x, "out", out, _out_shape(x, weight))
 
 
-def _backward(dout, x, weight, bias, scale, factor, need):
+def _input(x: Tensor | None, dout: Tensor, weight: Tensor, channels_last: bool) -> Tensor:
+    """x, dense. If it was not saved, no more of it is read than shape, dtype and memory format: an empty tensor."""
+    if x is not None:
+        return layout.dense(x)
+    shape = (dout.shape[0], weight.shape[1], *dout.shape[2:])
+    fmt = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=weight.dtype, device=dout.device, memory_format=fmt)
+
+
+def _backward(dout, x, weight, bias, scale, factor, channels_last, need):
+    x = _input(x, dout, weight, channels_last)
     if dout.numel() == 0 or x.numel() == 0:
         return [torch.zeros_like(t) for t in register.needed((x, weight, bias, scale), need)]
-    x = layout.dense(x)  # dout comes in any strides
-    weight, bias = register.contiguous(weight, bias)
-    gradients = dispatch.implementation(_NAME, x).zero_conv_add_bwd(
+    weight, bias = register.contiguous(weight, bias)  # dout comes in any strides
+    dx, dweight, dbias, dscale = dispatch.implementation(_NAME, x).zero_conv_add_bwd(
         dout, x, weight, bias, _kernel_scale(scale, factor, x), tuple(need)
     )
+    if need[1]:  # the strides of a 1x1 kernel are ambiguous; DDP copies a gradient whose strides are not the weight's
+        dweight = dweight.as_strided(weight.shape, weight.stride())
     if need[3]:
-        gradients = (*gradients[:3], gradients[3].reshape(scale.shape).to(scale.dtype))
-    return register.needed(gradients, need)
+        dscale = dscale.reshape(scale.shape).to(scale.dtype)
+    return register.needed((dx, dweight, dbias, dscale), need)
 
 
-def _fake_backward(dout, x, weight, bias, scale, factor, need):
-    return [
-        torch.empty_like(t) for t in register.needed((layout.dense(x), *register.contiguous(weight, bias, scale)), need)
-    ]
+def _fake_backward(dout, x, weight, bias, scale, factor, channels_last, need):
+    x = _input(x, dout, weight, channels_last)
+    return [torch.empty_like(t) for t in register.needed((x, *register.contiguous(weight, bias, scale)), need)]
 
 
 def _setup_context(ctx, inputs, output):
     x, weight, bias, _, scale, ctx.factor = inputs
+    wanted = ctx.needs_input_grad
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, scale)
+    ctx.channels_last = layout.is_channels_last(x)
+    ctx.save_for_backward(x if wanted[1] or wanted[4] else None, weight, bias, scale)
 
 
 def _autograd(ctx, dout):
     if dout is None:
         return (None,) * 6
-    x, weight, bias, scale = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     need = [wanted[0], wanted[1], wanted[2], wanted[4]]
     gradients = (
-        []
-        if not any(need)
-        else torch.ops.cnkernels.zero_conv_add_backward(dout, x, weight, bias, scale, ctx.factor, need)
+        torch.ops.cnkernels.zero_conv_add_backward(dout, *ctx.saved_tensors, ctx.factor, ctx.channels_last, need)
+        if any(need)
+        else []
     )
     dx, dweight, dbias, dscale = register.spread(gradients, need)
     return dx, dweight, dbias, dout if wanted[3] else None, dscale, None
@@ -159,7 +170,8 @@ register.op(
 )
 register.op(
     f"{_NAME}_backward",
-    "(Tensor dout, Tensor x, Tensor weight, Tensor? bias, Tensor? scale, float factor, bool[] need) -> Tensor[]",
+    "(Tensor dout, Tensor? x, Tensor weight, Tensor? bias, Tensor? scale, float factor, bool channels_last, "
+    "bool[] need) -> Tensor[]",
     _backward,
     _fake_backward,
 )

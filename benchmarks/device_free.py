@@ -1,0 +1,207 @@
+"""What of SD 1.5's speed and memory is known without a device: `python -m benchmarks.device_free [--json FILE]`.
+
+Saved bytes: what autograd keeps for the backward of one training step of a ControlNet (512x512, bfloat16, batch 1, the
+U-Net locked, no checkpointing), each storage once, parameters apart. Operations: those of one forward pass of U-Net and
+ControlNet that do work, about the number of kernel launches; views are none. FLOPs: of products and attention.
+All on fake tensors, channels_last, beside diffusers' modules of the same size if diffusers is installed.
+"""
+
+import argparse
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.jobs import SD15
+from controlnet.controlnet import ControlNet
+from controlnet.diffusion import ControlledUNet
+from controlnet.unet import UNet
+
+DTYPE = torch.bfloat16
+LATENT, HINT, CONTEXT = (4, 64, 64), (3, 512, 512), (77, 768)
+NO_WORK = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "detach", "lift_fresh", "alias"}
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass
+class Networks:
+    """U-Net and ControlNet of one library. The functions take x, timesteps, context, hint."""
+
+    modules: list[nn.Module]
+    both: Callable[..., Tensor]
+    unet: Callable[..., Any]
+    control: Callable[..., Any]
+
+    def storages(self) -> set[int]:
+        """Of all parameters and buffers."""
+        tensors = [t for module in self.modules for t in (*module.parameters(), *module.buffers())]
+        return {t.untyped_storage()._cdata for t in tensors}
+
+
+def ours() -> Networks:
+    unet, control = UNet(**SD15, out_channels=4), ControlNet(**SD15, hint_channels=3)
+    model = ControlledUNet(unet, control)
+    return Networks(
+        [model],
+        model,
+        lambda x, timesteps, context, hint: unet(x, timesteps, context),
+        lambda x, timesteps, context, hint: control(x, hint, timesteps, context),
+    )
+
+
+def diffusers() -> Networks:
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    unet = UNet2DConditionModel(cross_attention_dim=CONTEXT[1]).requires_grad_(False)  # the defaults are SD 1.5's
+    control = ControlNetModel(cross_attention_dim=CONTEXT[1])
+
+    def residuals(x: Tensor, timesteps: Tensor, context: Tensor, hint: Tensor) -> tuple[list[Tensor], Tensor]:
+        return control(x, timesteps, context, hint, return_dict=False)
+
+    def both(x: Tensor, timesteps: Tensor, context: Tensor, hint: Tensor) -> Tensor:
+        down, mid = residuals(x, timesteps, context, hint)
+        added = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        return unet(x, timesteps, context, **added).sample
+
+    return Networks([unet, control], both, lambda x, timesteps, context, hint: unet(x, timesteps, context), residuals)
+
+
+def inputs(batch: int) -> Inputs:
+    x, hint = (torch.zeros(batch, *size, dtype=DTYPE) for size in (LATENT, HINT))
+    x, hint = (t.contiguous(memory_format=torch.channels_last) for t in (x, hint))
+    return x, torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, *CONTEXT, dtype=DTYPE), hint
+
+
+def saved_bytes(networks: Networks) -> int:
+    """Bytes that autograd keeps between forward and backward of one training step."""
+    own, kept = networks.storages(), {}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = networks.both(*inputs(1)).float().square().mean()
+    assert loss.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts operations that are neither views nor mere allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aliases = [r.alias_info for r in func._schema.returns if r.alias_info is not None]
+        is_view = any(not alias.is_write for alias in aliases)
+        if not is_view and func.namespace != "prim" and func._schema.name.split("::")[1] not in NO_WORK:
+            self.counts[str(func)] = self.counts.get(str(func), 0) + 1
+        return func(*args, **kwargs or {})
+
+
+@torch.no_grad()
+def operations(networks: Networks) -> dict[str, int]:
+    """How often each operation runs in one forward pass of both networks."""
+    arguments = inputs(1)
+    with OperationCounter() as counter:
+        networks.both(*arguments)
+    return counter.counts
+
+
+def _attention_flops(q: tuple, k: tuple, *_: Any, **__: Any) -> int:
+    batch, queries, heads, width = q
+    return 4 * batch * heads * queries * k[1] * width
+
+
+def _attention_flops_of_pytorch(q: tuple, k: tuple, *_: Any, **__: Any) -> int:
+    batch, heads, queries, width = q
+    return 4 * batch * heads * queries * k[2] * width
+
+
+def _product_flops(x: tuple, weight: tuple, *_: Any, **__: Any) -> int:
+    samples, _, height, width = x
+    return 2 * samples * height * width * weight[0] * weight[1]
+
+
+@torch.no_grad()
+def flops(network: Callable[..., Any], batch: int) -> int:
+    """Of the matrix products, convolutions and attention of one forward pass; a multiply-add is two."""
+    mapping = {
+        torch.ops.cnkernels.attention: _attention_flops,
+        torch.ops.cnkernels.zero_conv_add: _product_flops,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops_of_pytorch,
+    }
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        network(*inputs(batch))
+    return counter.get_total_flops()
+
+
+@contextmanager
+def fake_networks(build: Callable[[], Networks]) -> Iterator[Networks]:
+    """Networks without memory, in bfloat16 and channels_last, whose every tensor is fake."""
+    before = torch.get_default_dtype()
+    with FakeTensorMode():
+        torch.set_default_dtype(DTYPE)
+        try:
+            networks = build()
+        finally:
+            torch.set_default_dtype(before)
+        for module in (m for network in networks.modules for m in network.modules()):
+            for name, weight in list(module.named_parameters(recurse=False)):
+                if weight.dim() == 4:  # module.to(memory_format=...) does not work on fake tensors
+                    kept = weight.detach().contiguous(memory_format=torch.channels_last)
+                    setattr(module, name, nn.Parameter(kept, weight.requires_grad))
+        yield networks
+
+
+def measure(build: Callable[[], Networks]) -> dict[str, float]:
+    with fake_networks(build) as networks:
+        return {
+            "saved for backward, MB": saved_bytes(networks) / 1e6,
+            "operations of one forward": sum(operations(networks).values()),
+            "TFLOP, U-Net": flops(networks.unet, 1) / 1e12,
+            "TFLOP, ControlNet": flops(networks.control, 1) / 1e12,
+            "TFLOP, denoise step with guidance": flops(networks.both, 2) / 1e12,
+        }
+
+
+def report() -> dict[str, dict[str, float]]:
+    """{measure: {"ours": .., "diffusers": .., "ratio": ..}}, without the last two if diffusers is absent."""
+    columns = {"ours": measure(ours)}
+    if importlib.util.find_spec("diffusers") is not None:
+        columns["diffusers"] = measure(diffusers)
+    rows = {name: {column: values[name] for column, values in columns.items()} for name in columns["ours"]}
+    for row in rows.values():
+        if "diffusers" in row:
+            row["ratio"] = row["ours"] / row["diffusers"]
+    return rows
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.device_free", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file, too")
+    options = parser.parse_args(arguments)
+    rows = report()
+    print(f"{'SD 1.5, 512x512, bfloat16':36}{'ours':>10}{'diffusers':>12}{'ratio':>8}")
+    for name, row in rows.items():
+        cells = (f"{row[key]:.4g}" if key in row else "absent" for key in ("ours", "diffusers", "ratio"))
+        print("{:36}{:>10}{:>12}{:>8}".format(name, *cells))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The bars of memory and launches: what a training step saves and a forward pass runs, beside diffusers' modules."""
+
+import json
+
+import pytest
+
+from benchmarks import device_free
+
+pytest.importorskip("diffusers")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("figures") / "device_free.json"
+    device_free.main(["--json", str(path)])
+    return json.loads(path.read_text())
+
+
+def test_saved_bytes(rows):
+    row = rows["saved for backward, MB"]
+    assert 850 < row["diffusers"] < 950  # 909 of diffusers 0.42: the yardstick has not moved
+    assert row["ratio"] <= 0.62
+
+
+def test_operations(rows):
+    row = rows["operations of one forward"]
+    assert 1050 < row["diffusers"] < 1150
+    assert row["ratio"] <= 0.6
+
+
+def test_the_work_is_the_same(rows):
+    """Nothing was saved by leaving out a product; packing and fusing change none."""
+    for network in ("U-Net", "ControlNet", "denoise step with guidance"):
+        assert rows[f"TFLOP, {network}"]["ratio"] == pytest.approx(1, abs=1e-6)
+
+
+def test_what_is_counted():
+    """The counter counts work, not views or allocations; the meter storages, once each, without parameters."""
+    import torch
+
+    with device_free.OperationCounter() as counter:
+        x = torch.empty(4, 4)
+        x.fill_(1).view(2, 8).transpose(0, 1).expand(8, 2).detach().add(1).mul_(2)
+    assert counter.counts == {"aten.fill_.Scalar": 1, "aten.add.Tensor": 1, "aten.mul_.Tensor": 1}
+
+    layer = torch.nn.Linear(16, 16, bias=False).to(device_free.DTYPE)
+    network = device_free.Networks([layer], lambda x, *_: layer(layer(x.flatten(1)[:, :16])).exp(), None, None)
+    # The input's storage (all of x), the first layer's output, exp's result, and of the loss the float32 copy.
+    x_bytes = 2 * 4 * 64 * 64
+    assert device_free.saved_bytes(network) == x_bytes + 2 * 16 + 2 * 16 + 4 * 16

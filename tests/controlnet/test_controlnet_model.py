@@ -1,7 +1,5 @@
 import pytest
 import torch
-from torch import nn
-from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from controlnet.controlnet import ControlNet
 from controlnet.unet import UNet
@@ -164,52 +162,6 @@ def test_channels_last_is_kept():
     assert unet.decode(outputs[-1], outputs[:-1], None, timesteps, context).is_contiguous(
         memory_format=torch.channels_last
     )
-
-
-class Step(nn.Module):
-    """Locked encoder, ControlNet, decoder: what is compiled as one graph."""
-
-    def __init__(self, **options):
-        super().__init__()
-        self.unet = randomise(UNet(**BASE | options, out_channels=4)).requires_grad_(False)
-        self.control = randomise(ControlNet(**CONTROL | options))
-
-    def forward(self, x, hint, timesteps, context, scale):
-        with torch.no_grad():
-            h, skips = self.unet.encode(x, timesteps, context)
-        *skips, h = self.control(x, hint, timesteps, context, residuals=[*skips, h], scales=scale)
-        return self.unet.decode(h, skips, None, timesteps, context)
-
-
-def test_inference_compiles_once_for_all_sizes_and_scales():
-    step = Step(use_flash_attention=True)
-    counter = CompileCounter()
-    torch._dynamo.reset()
-    compiled = torch.compile(step, backend=counter, fullgraph=True)
-    frames = []
-    with torch.no_grad():
-        for i, (n, height, width) in enumerate([(2, 4, 6), (3, 8, 10), (4, 6, 12), (5, 10, 4)]):
-            inputs = (*small_inputs(n, height, width), torch.tensor(0.25 * i))
-            assert_same(compiled(*inputs), step(*inputs), rtol=1e-5)
-            frames.append(counter.frame_count)
-    assert frames == [1, 2, 2, 2]
-
-
-def test_training_compiles_in_one_graph():
-    """Forward and backward, activation checkpointing included, and the gradients of eager execution."""
-    step = Step(use_flash_attention=True, use_checkpoint=True, channel_mult=[1], attention_resolutions=[1])
-    counter = CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
-    compiled = torch.compile(step, backend=counter, fullgraph=True)
-    inputs = (*small_inputs(), torch.tensor(0.5))
-    gradients = []
-    for function in (step, compiled):
-        step.zero_grad()
-        function(*inputs).square().mean().backward()
-        gradients.append([p.grad for p in step.control.parameters()])
-    assert counter.frame_count == 1
-    for want, got in zip(*gradients, strict=True):
-        assert_same(got, want, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

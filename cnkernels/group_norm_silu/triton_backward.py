@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from cnkernels.group_norm_silu.triton_common import (
-    PROGRAMS,
     ROWS_BACKWARD,
     SPANS,
     Launch,
@@ -27,6 +26,7 @@ from cnkernels.group_norm_silu.triton_common import (
     load_channels,
     members,
     row_tile,
+    sigmoid,
     span_of,
     spread,
     warps_for,
@@ -34,13 +34,13 @@ from cnkernels.group_norm_silu.triton_common import (
 
 
 @triton.jit
-def _gradient(x, dy, shift, rstd, weight, bias, mask, SILU: tl.constexpr):
+def _gradient(x, dy, shift, rstd, weight, bias, mask, SILU: tl.constexpr, DTYPE: tl.constexpr):
     """normed and dz of a tile; zero outside the mask, whatever the parameters are there."""
     normed = tl.where(mask, (x - shift) * rstd, 0.0)
     if SILU:
-        z = normed * weight + bias
-        gate = 1.0 / (1.0 + tl.exp(-z))
-        dy = dy * gate * (1.0 + z * (1.0 - gate))
+        z = tl.fma(normed, weight, bias)
+        gate = sigmoid(z, DTYPE)
+        dy = dy * gate * tl.fma(z, 1.0 - gate, 1.0)
     return normed, tl.where(mask, dy, 0.0)
 
 
@@ -98,7 +98,9 @@ def _group_norm_silu_rows_fused_bwd_kernel(
         )
         x = tl.load(x_ptr + base + start + offsets, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + base + start + offsets, mask=mask, other=0.0).to(tl.float32)
-        normed, dz = _gradient(x, dy, shift[:, None], rstd, weight[:, None], bias[:, None], mask, SILU)
+        normed, dz = _gradient(
+            x, dy, shift[:, None], rstd, weight[:, None], bias[:, None], mask, SILU, x_ptr.dtype.element_ty
+        )
         if channel_sums_ptr is not None:
             _store_row_sums(
                 channel_sums_ptr + index * rows, tile * BLOCK_R, rows, channel_plane, dz, normed, addend_ptr, BLOCK_R
@@ -174,7 +176,9 @@ def _group_norm_silu_rows_sums_kernel(
         x = tl.load(x_ptr + base + start + offsets, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
         dy = tl.load(dy_ptr + base + start + offsets, mask=mask, other=0.0, eviction_policy="evict_last")
         dy = dy.to(tl.float32)
-        normed, dz = _gradient(x, dy, shift[:, None], rstd, weight[:, None], bias[:, None], mask, SILU)
+        normed, dz = _gradient(
+            x, dy, shift[:, None], rstd, weight[:, None], bias[:, None], mask, SILU, x_ptr.dtype.element_ty
+        )
         if channel_sums_ptr is not None:
             _store_row_sums(channel_sums_ptr + index * rows, row, end, channel_plane, dz, normed, addend_ptr, BLOCK_R)
         sums_d += dz * weight[:, None]
@@ -231,7 +235,9 @@ def _group_norm_silu_rows_dx_kernel(
         dy = tl.load(dy_ptr + base + start + offsets, mask=mask, other=0.0, eviction_policy="evict_first").to(
             tl.float32
         )
-        normed, dz = _gradient(x, dy, shift[:, None], rstd, weight[:, None], bias[:, None], mask, SILU)
+        normed, dz = _gradient(
+            x, dy, shift[:, None], rstd, weight[:, None], bias[:, None], mask, SILU, x_ptr.dtype.element_ty
+        )
         dx = rstd * (dz * weight[:, None] - mean_d - normed * mean_dn)
         tl.store(dx_ptr + base + start + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
@@ -289,7 +295,7 @@ def _group_norm_silu_spans_bwd_kernel(
         mask = (position < rows - done)[:, None] & real[None, :]
         x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
-        normed, dz = _gradient(x, dy, shift, rstd[None, :], weight[None, :], bias, mask, SILU)
+        normed, dz = _gradient(x, dy, shift, rstd[None, :], weight[None, :], bias, mask, SILU, x_ptr.dtype.element_ty)
         sum_dz += dz
         sum_dzn += dz * normed
         if addend_ptr is not None:
@@ -376,7 +382,7 @@ def _group_norm_silu_spans_dx_kernel(
         mask = (position < rows - done)[:, None] & real[None, :]
         x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         dy = tl.load(dy_ptr + base + offsets, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        normed, dz = _gradient(x, dy, shift, rstd, weight, bias, mask, SILU)
+        normed, dz = _gradient(x, dy, shift, rstd, weight, bias, mask, SILU, x_ptr.dtype.element_ty)
         dx = rstd * (dz * weight - mean_d[None, :] - normed * mean_dn[None, :])
         tl.store(dx_ptr + base + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         base += BLOCK_R * channels
@@ -486,7 +492,7 @@ def _rows_plan(batch, channels, spatial, groups, itemsize, silu):
         return fused, None, 1, cut.segments, strides
     sizes["BLOCK_R"] = cut.block
     sums = sizes | {"chunk_rows": cut.chunk, "chunks": cut.chunks}
-    finer = cut_rows(batch, channels, spatial, groups, 2 * PROGRAMS)
+    finer = cut_rows(batch, channels, spatial, groups, finer=2)
     dx = sizes | {"chunk_rows": finer.chunk, "chunks": finer.chunks}
     dx |= {"partials": cut.chunks, "BLOCK_P": triton.next_power_of_2(cut.chunks)}
     return (

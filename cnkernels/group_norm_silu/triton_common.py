@@ -13,7 +13,7 @@ into a workspace, then the elementwise pass, each program of which merges the pa
 """
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import triton
 import triton.language as tl
@@ -60,7 +60,8 @@ class Rows:
     @property
     def tile(self):
         """Rows of a tile where a group is held whole: one of five or fewer, so that few lanes are beyond the last."""
-        return triton.next_power_of_2(triton.cdiv(self.rows, 5))
+        whole = triton.next_power_of_2(self.rows)
+        return whole if whole * self.width <= TILE // 2 else triton.next_power_of_2(triton.cdiv(self.rows, 5))
 
     @property
     def tiles(self):
@@ -95,8 +96,8 @@ def _chunks(rows, block, wanted):
     return chunk, triton.cdiv(rows, chunk)
 
 
-@lru_cache(maxsize=4096)
-def cut_rows(batch, channels, spatial, groups, programs=PROGRAMS):
+def cut_rows(batch, channels, spatial, groups, finer=1):
+    """`finer` 2 asks for twice the programs: where each has no result to merge, more of them are only an advantage."""
     width = spatial & -spatial
     if width < 8:  # 16-byte loads matter more than the lanes lost at the end of a channel
         width = triton.next_power_of_2(spatial)
@@ -104,12 +105,11 @@ def cut_rows(batch, channels, spatial, groups, programs=PROGRAMS):
     segments = triton.cdiv(spatial, width)
     rows = channels // groups * segments
     block = triton.next_power_of_2(min(rows, max(1, TILE // width)))
-    wanted = min(triton.cdiv(programs, batch * groups), MERGE_TILE)
+    wanted = min(triton.cdiv(finer * PROGRAMS, batch * groups), MERGE_TILE)
     return Rows(width, segments, rows, block, *_chunks(rows, block, wanted))
 
 
-@lru_cache(maxsize=4096)
-def cut_spans(batch, channels, spatial, groups, itemsize, programs=PROGRAMS):
+def cut_spans(batch, channels, spatial, groups, itemsize):
     group_channels = channels // groups
     sector = 32 // itemsize
     span = group_channels
@@ -126,7 +126,7 @@ def cut_spans(batch, channels, spatial, groups, itemsize, programs=PROGRAMS):
     block = triton.next_power_of_2(min(spatial, max(1, TILE // width)))
     # Each program of the second pass merges [groups of its columns, chunks * splits] partials in one tile.
     merge_width = max(triton.next_power_of_2(per_span), touched_groups(channels, groups))
-    wanted = min(triton.cdiv(programs, batch * columns), max(1, MERGE_TILE // (merge_width * splits)))
+    wanted = min(triton.cdiv(PROGRAMS, batch * columns), max(1, MERGE_TILE // (merge_width * splits)))
     return Spans(width, per_span, splits, columns, block, *_chunks(spatial, block, wanted))
 
 
@@ -261,16 +261,42 @@ def merge_moments(count, mean, m2, axis: tl.constexpr):
 
 @triton.jit
 def inverse_deviation(m2, count, eps):
-    """1 / sqrt(variance + eps), the sum of float32 numbers: a Python float must not widen it to float64."""
-    return 1.0 / tl.sqrt_rn(m2 / count + tl.cast(eps, tl.float32))
+    """1 / sqrt(m2 / count + eps), rounded once: every element of a group inherits its error.
+
+    What the quotient, the sum and the root leave over is computed exactly and put back by one step of Newton's method;
+    not where squares overflow or vanish, nor where there is a NaN. eps is float32, not the float64 of a Python float.
+    """
+    eps = tl.cast(eps, tl.float32)
+    quotient = tl.div_rn(m2, count)
+    variance = quotient + eps
+    eps_kept = variance - quotient
+    lost = (quotient - (variance - eps_kept)) + (eps - eps_kept)
+    lost += tl.fma(-quotient, count, m2) / count
+    root = tl.div_rn(1.0, tl.sqrt_rn(variance))
+    product = root * variance
+    error = tl.fma(-product, root, 1.0) - tl.fma(root, variance, -product) * root - lost * root * root
+    return tl.where((variance > 1e-30) & (variance < 1e30), tl.fma(0.5 * root, error, root), root)
 
 
 @triton.jit
-def activate(z, SILU: tl.constexpr):
-    if SILU:
-        return z / (1.0 + tl.exp(-z))
-    else:
+def activate(z, SILU: tl.constexpr, DTYPE: tl.constexpr):
+    """z * sigmoid(z). Where it stays float32 and z > 0, it is z less a part of it, which rounds once and not thrice."""
+    if not SILU:
         return z
+    e = tl.exp(-z)
+    if DTYPE != tl.float32:  # noqa: SIM300
+        return z / (1.0 + e)
+    gate = tl.div_rn(1.0, 1.0 + e)
+    return tl.where((z > 0.0) & (z < 80.0), tl.fma(-z, e * gate, z), z * gate)
+
+
+@triton.jit
+def sigmoid(z, DTYPE: tl.constexpr):
+    """Correctly divided where results stay float32, else to the two units of one instruction."""
+    if DTYPE == tl.float32:  # noqa: SIM300
+        return tl.div_rn(1.0, 1.0 + tl.exp(-z))
+    else:
+        return 1.0 / (1.0 + tl.exp(-z))
 
 
 @triton.jit

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from cnkernels.group_norm_silu.triton_common import (
-    PROGRAMS,
     ROWS_FORWARD,
     SPANS,
     Launch,
@@ -75,7 +74,7 @@ def _group_norm_silu_rows_fused_fwd_kernel(
         deviation = tl.where(mask, tiles[tile] - rough, 0.0)
         deviations = deviations + (deviation,)
         sums += deviation
-        squares += deviation * deviation
+        squares = tl.fma(deviation, deviation, squares)
     rest = tl.sum(sums) / count
     rstd = inverse_deviation(tl.sum(squares) - rest * rest * count, count, eps)
     tl.store(mean_ptr + index, rough + rest)
@@ -86,8 +85,8 @@ def _group_norm_silu_rows_fused_fwd_kernel(
         real = channel < group_channels
         parameter = (index % groups) * group_channels + channel
         scale = rstd * load_channels(weight_ptr, parameter, real, 1.0)
-        bias = load_channels(bias_ptr, parameter, real, 0.0)
-        y = activate((deviations[tile] - rest) * scale[:, None] + bias[:, None], SILU)
+        bias = load_channels(bias_ptr, parameter, real, 0.0) - rest * scale
+        y = activate(tl.fma(deviations[tile], scale[:, None], bias[:, None]), SILU, y_ptr.dtype.element_ty)
         tl.store(y_ptr + base + start + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -132,8 +131,8 @@ def _group_norm_silu_spans_fused_fwd_kernel(
     rstd = inverse_deviation(m2, count, eps)
 
     scale = spread(rstd, member) * load_channels(weight_ptr, channel, real, 1.0)
-    bias = load_channels(bias_ptr, channel, real, 0.0)
-    y = activate((deviation - spread(rest, member)[None, :]) * scale[None, :] + bias[None, :], SILU)
+    bias = load_channels(bias_ptr, channel, real, 0.0) - spread(rest, member) * scale
+    y = activate(tl.fma(deviation, scale[None, :], bias[None, :]), SILU, y_ptr.dtype.element_ty)
     tl.store(y_ptr + base + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
     group = first_group + tl.arange(0, BLOCK_G)
     owned = (tl.arange(0, BLOCK_G) < SPAN_GROUPS) & (group < groups)
@@ -200,7 +199,7 @@ def _group_norm_silu_rows_stats_kernel(
         )
         deviation = tl.where(mask, x - shift, 0.0)
         sums += deviation
-        squares += deviation * deviation
+        squares = tl.fma(deviation, deviation, squares)
     count = rows_elements(first, end, spatial, segments, BLOCK_W).to(tl.float32)
     rest = tl.sum(sums) / count
     target = partial_ptr + index * chunks + chunk
@@ -278,7 +277,7 @@ def _group_norm_silu_rows_apply_kernel(
         bias = load_channels(bias_ptr, parameter, real, 0.0)
         shift = mean - load_channels(addend_ptr, index * group_channels + channel, real, 0.0)
         x = tl.load(x_ptr + base + start + offsets, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        y = activate((x - shift[:, None]) * scale[:, None] + bias[:, None], SILU)
+        y = activate(tl.fma(x - shift[:, None], scale[:, None], bias[:, None]), SILU, y_ptr.dtype.element_ty)
         tl.store(y_ptr + base + start + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -331,7 +330,7 @@ def _group_norm_silu_spans_stats_kernel(
         x = tl.load(base + offsets, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32) + addend
         deviation = tl.where(mask, x - shift[None, :], 0.0)
         sums += deviation
-        squares += deviation * deviation
+        squares = tl.fma(deviation, deviation, squares)
     count = tl.where(real, tl.cast(rows, tl.float32), 0.0)  # [C]
     rest = tl.sum(sums, axis=0) / rows
     m2 = tl.sum(squares, axis=0) - rest * rest * count
@@ -407,7 +406,7 @@ def _group_norm_silu_spans_apply_kernel(
     for done in range(0, rows, BLOCK_R):
         mask = (position < rows - done)[:, None] & real[None, :]
         x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        y = activate((x - shift[None, :]) * scale[None, :] + bias[None, :], SILU)
+        y = activate(tl.fma(x - shift[None, :], scale[None, :], bias[None, :]), SILU, y_ptr.dtype.element_ty)
         tl.store(y_ptr + base + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
         base += BLOCK_R * channels
 
@@ -432,7 +431,7 @@ def _rows_plan(batch, channels, spatial, groups, silu):
         return (Launch(_group_norm_silu_rows_fused_fwd_kernel, batch * groups, sizes | tile | block, warps),), 0
     stats = sizes | tile | {"plane": batch * groups * cut.chunks, "BLOCK_R": cut.block}
     stats |= {"chunk_rows": cut.chunk, "chunks": cut.chunks}
-    finer = cut_rows(batch, channels, spatial, groups, 2 * PROGRAMS)
+    finer = cut_rows(batch, channels, spatial, groups, finer=2)
     apply = stats | {"groups": groups, "partials": cut.chunks, "chunk_rows": finer.chunk, "chunks": finer.chunks}
     apply |= {"BLOCK_P": triton.next_power_of_2(cut.chunks), "SILU": silu}
     return (

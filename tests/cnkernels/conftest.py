@@ -32,6 +32,23 @@ def seed():
 
 
 @pytest.fixture(autouse=True, scope="session")
+def fused_multiply_add_in_the_interpreter():
+    """Triton's interpreter rounds tl.fma twice; a GPU rounds once, as this does but for ties of the wider sum."""
+    if "TRITON_INTERPRET" not in os.environ:
+        yield
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+    def fma(self, x, y, z):
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def bfloat16_products_in_the_interpreter():
     """Triton 3.7 interprets bfloat16 as its bits, and tl.dot multiplies those as integers: widen them first."""
     if "TRITON_INTERPRET" not in os.environ:

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -40,6 +42,12 @@ def fused(groups, eps=1e-5, activation="silu"):
     return function
 
 
+def sums(shape):
+    """Terms that a gradient adds up: those of weight and bias over samples and pixels, that of addend over pixels."""
+    pixels = math.prod(shape[2:])
+    return {1: shape[0] * pixels, 2: shape[0] * pixels, 3: pixels}
+
+
 def inputs(shape, addend=True):
     channels = shape[1]
     return [randn(*shape), randn(channels), randn(channels), randn(*shape[:2]) if addend else None]
@@ -51,7 +59,15 @@ def inputs(shape, addend=True):
 @pytest.mark.parametrize("shape, groups", SHAPES)
 def test_equals_pytorch(shape, groups, layout, dtype, backend):
     addend = groups < shape[1]  # with one channel per group the addend cancels: its gradient is zero but for rounding
-    harness.compare(fused(groups), eager(groups), inputs(shape, addend), dtype, backend, arrange=LAYOUTS[layout])
+    harness.compare(
+        fused(groups),
+        eager(groups),
+        inputs(shape, addend),
+        dtype,
+        backend,
+        arrange=LAYOUTS[layout],
+        reductions=sums(shape),
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -67,6 +83,7 @@ def test_every_layout_and_upstream_layout(layout, backend):
             backend,
             arrange=LAYOUTS[layout],
             arrange_upstream=upstream,
+            reductions=sums(shape),
         )
         kept = torch.channels_last if layout == "channels_last" else torch.contiguous_format
         assert y.is_contiguous(memory_format=kept)
@@ -90,13 +107,14 @@ def test_optional_arguments(given, activation, backend):
             torch.float32,
             backend,
             arrange=layout,
+            reductions=sums(x.shape),
         )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(2, 6, 9), (2, 6, 3, 2, 2)], ids=str)
 def test_other_ranks(shape, backend):
-    harness.compare(fused(3), eager(3), inputs(shape), torch.float32, backend)
+    harness.compare(fused(3), eager(3), inputs(shape), torch.float32, backend, reductions=sums(shape))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

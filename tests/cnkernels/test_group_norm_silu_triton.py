@@ -67,6 +67,12 @@ def fused(groups, eps=1e-5):
     return function
 
 
+def sums(shape):
+    """Terms of the gradients of weight, bias and addend."""
+    n, _, height, width = shape
+    return {1: n * height * width, 2: n * height * width, 3: height * width}
+
+
 def inputs(shape):
     return [randn(*shape), randn(shape[1]), randn(shape[1]), randn(*shape[:2])]
 
@@ -88,7 +94,55 @@ def kernels(shape, groups, dtype, layout):
 def test_every_cut_equals_pytorch_and_stays_inside(shape, groups, dtype, layout, expected):
     assert kernels(shape, groups, dtype, layout)[0] == expected
     with guarded_empty():
-        harness.compare(fused(groups), eager(groups), inputs(shape), dtype, "triton", arrange=LAYOUTS[layout])
+        harness.compare(
+            fused(groups),
+            eager(groups),
+            inputs(shape),
+            dtype,
+            "triton",
+            arrange=LAYOUTS[layout],
+            reductions=sums(shape),
+        )
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Cuts as on a GPU with a single multiprocessor: several tiles to a chunk, as only large tensors have otherwise."""
+    from cnkernels.group_norm_silu import triton_backward, triton_common, triton_forward
+
+    plans = triton_forward.forward_plan, triton_backward.backward_plan
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_common, "PROGRAMS", 4)
+        for plan in plans:
+            plan.cache_clear()
+        yield
+    for plan in plans:
+        plan.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "shape, groups, dtype, layout",
+    [
+        pytest.param((1, 6, 83, 151), 2, torch.float32, "contiguous", id="short-rows"),
+        pytest.param((1, 12, 73, 64), 1, torch.bfloat16, "contiguous", id="whole-rows"),
+        pytest.param((1, 120, 17, 23), 12, torch.float16, "channels_last", id="spans"),
+        pytest.param((1, 1100, 7, 11), 2, torch.float32, "channels_last", id="a-group-in-two"),
+    ],
+)
+def test_chunks_of_several_tiles(shape, groups, dtype, layout, few_programs):
+    launches = kernels(shape, groups, dtype, layout)[1]
+    assert all(launch.sizes["chunk_rows"] > launch.sizes["BLOCK_R"] for launch in launches)
+    assert launches[0].sizes["chunk_rows"] % launches[0].sizes["BLOCK_R"] == 0
+    with guarded_empty():
+        harness.compare(
+            fused(groups),
+            eager(groups),
+            inputs(shape),
+            dtype,
+            "triton",
+            arrange=LAYOUTS[layout],
+            reductions=sums(shape),
+        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -134,6 +188,7 @@ def test_views_at_odd_offsets(shape, groups, dtype, layout, expected):
             "triton",
             arrange=lambda t, offset=offset: harness.misaligned(LAYOUTS[layout](t), offset),
             arrange_upstream=lambda t, offset=offset: harness.misaligned(t, offset),
+            reductions=sums(shape),
         )
 
 

@@ -1,0 +1,26 @@
+"""A ControlNet for Stable Diffusion built on fused kernels; the names below are imported when they are first used."""
+
+import importlib
+from typing import Any
+
+_EXPORTS = {
+    "CheckpointError": "controlnet.checkpoints.archive",
+    "ControlNet": "controlnet.controlnet",
+    "UNet": "controlnet.unet",
+    "add_control": "controlnet.checkpoints.convert",
+    "convert": "controlnet.checkpoints.convert",
+    "load": "controlnet.checkpoints.convert",
+    "transfer": "controlnet.checkpoints.convert",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

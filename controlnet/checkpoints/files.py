@@ -10,9 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from controlnet.checkpoints import archive
+from controlnet.checkpoints.archive import CheckpointError
+
 PICKLES = (".ckpt", ".pth", ".pt", ".bin")
-SUFFIXES = (".safetensors", *PICKLES)
-FOLDER_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+SUFFIXES = (".safetensors", *PICKLES, ".nemo")
+FOLDER_FILES = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.bin",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
 
 # Names that real checkpoints carry beside their tensors (Lightning's callbacks as dictionary keys, best scores as numpy
 # numbers, NeMo's configuration).
@@ -50,10 +59,6 @@ INERT_NAMES = (
 )
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: names the file, what it holds and what was expected."""
-
-
 class _Inert(dict):
     """Stands for an object that the file describes and nobody here needs."""
 
@@ -68,8 +73,9 @@ def read(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on the CPU, memory-mapped where the format allows it.
 
     Arguments:
-        path: a .safetensors file; a .ckpt, .pth, .pt or .bin pickle, read with `weights_only=True` alone; or a
-            diffusers model folder. A `state_dict` entry is descended into, what is not a tensor is left out.
+        path: a .safetensors file; a .ckpt, .pth, .pt or .bin pickle, read with `weights_only=True` alone; a .nemo
+            archive of such a pickle; or a diffusers model folder. A `state_dict` entry is descended into, what is not a
+            tensor is left out.
     Raises FileNotFoundError; CheckpointError for a damaged or foreign file, one without tensors, and a pickle that
         names anything but tensors and plain containers.
     """
@@ -77,7 +83,10 @@ def read(path: str | Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         tensors = _read_safetensors(path)
     elif path.suffix in PICKLES:
-        tensors = _read_pickle(path)
+        tensors = _read_pickle(path, str(path))
+    elif path.suffix == ".nemo":
+        with archive.weights(path) as pickle_path:
+            tensors = _read_pickle(pickle_path, str(path))
     else:
         raise CheckpointError(f"{path} has the suffix {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
     if not tensors:
@@ -106,22 +115,22 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is damaged, or no safetensors file: {error}") from error
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _read_pickle(path: Path, origin: str) -> dict[str, Tensor]:
     inert = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in INERT_NAMES]
     try:
         with torch.serialization.safe_globals(inert):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is refused: {_refusal(error)}") from error
+        raise CheckpointError(f"{origin} is refused: {_refusal(error)}") from error
     except PermissionError:
         raise
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         # what torch.load raises for truncated archives and byte streams that only look like a pickle
-        raise CheckpointError(f"{path} is damaged, or no PyTorch checkpoint: {error}") from error
+        raise CheckpointError(f"{origin} is damaged, or no PyTorch checkpoint: {error}") from error
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dictionary of tensors")
+        raise CheckpointError(f"{origin} holds a {type(content).__name__}; expected a dictionary of tensors")
     return {name: value for name, value in _flat(content) if isinstance(value, Tensor)}
 
 

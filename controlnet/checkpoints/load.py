@@ -101,6 +101,18 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], origin: str, optional
     Raises CheckpointError, listing names and shapes, before anything is changed.
     """
     wanted = module.state_dict()
+    missing = compare(wanted, tensors, origin, optional)
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            if name in tensors:
+                tensor.copy_(tensors[name].reshape(tensor.shape))
+    return missing
+
+
+def compare(
+    wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: str, optional: Callable[[str], bool]
+) -> list[str]:
+    """The wanted names that are not there and need not be; CheckpointError, listing them, for others and for shapes."""
     missing = [name for name in wanted if name not in tensors]
     required = [name for name in missing if not optional(name)]
     if required:
@@ -110,7 +122,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], origin: str, optional
             + (f" (nearest in the file: {nearest(name, unused)})" if unused else "")
             for name in required[:_LISTED]
         ]
-        raise CheckpointError(f"{origin} lacks {len(required)} of {len(wanted)} tensors: {_listing(rows, required)}")
+        raise CheckpointError(f"{origin} lacks {len(required)} of {len(wanted)} tensors: {listing(rows, required)}")
     wrong = [
         f"{name} is {list(tensors[name].shape)}, expected {list(tensor.shape)}"
         for name, tensor in wanted.items()
@@ -119,16 +131,13 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], origin: str, optional
     if wrong:
         raise CheckpointError(
             f"{origin} has {len(wrong)} tensors of another shape than the model (another width or architecture):"
-            f" {_listing(wrong[:_LISTED], wrong)}"
+            f" {listing(wrong[:_LISTED], wrong)}"
         )
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            if name in tensors:
-                tensor.copy_(tensors[name].reshape(tensor.shape))
     return missing
 
 
-def _listing(rows: list[str], everything: list[str]) -> str:
+def listing(rows: list[str], everything: list[str]) -> str:
+    """The rows, and how many more there are."""
     rest = len(everything) - len(rows)
     return "; ".join(rows) + (f"; and {rest} more" if rest else "")
 

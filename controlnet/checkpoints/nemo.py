@@ -37,6 +37,11 @@ _FROM_ORIGINAL = [
     )
 ]
 
+_RELEASE_1 = [
+    (re.compile(r"\.(attn[12])\.norm\."), r".\1.norm_to_q.0."),
+    (re.compile(r"\.(attn[12])\.to_q\."), r".\1.norm_to_q.1."),
+]
+
 
 def to_original(name: str) -> str:
     """The original's name of a tensor; a name that is the original's already comes back as it is.
@@ -54,8 +59,8 @@ def to_original(name: str) -> str:
     return name
 
 
-def from_original(name: str) -> str:
-    """NeMo's name of a tensor, in the generation of release 2 (`attn1.norm`)."""
-    for pattern, replacement in _FROM_ORIGINAL:
+def from_original(name: str, *, release_1: bool = False) -> str:
+    """NeMo's name of a tensor, in the generation of release 2 (`attn1.norm`), or in that of 1.23.0."""
+    for pattern, replacement in _FROM_ORIGINAL + (_RELEASE_1 if release_1 else []):
         name = pattern.sub(replacement, name)
     return name

@@ -1,4 +1,4 @@
-"""Names of the first stage's tensors (AutoencoderKL): the original's layout to diffusers'."""
+"""Names of the first stage's tensors (AutoencoderKL): the original's layout to diffusers', and back."""
 
 import re
 from collections.abc import Mapping
@@ -33,6 +33,26 @@ _ATTENTION = [
     )
 ]
 
+_BACK = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^encoder\.down_blocks\.(\d+)\.resnets\.", r"encoder.down.\1.block."),
+        (r"^encoder\.down_blocks\.(\d+)\.attentions\.", r"encoder.down.\1.attn."),
+        (r"^encoder\.down_blocks\.(\d+)\.downsamplers\.0\.", r"encoder.down.\1.downsample."),
+        (r"^decoder\.up_blocks\.(\d+)\.resnets\.", r"decoder.up.\1.block."),
+        (r"^decoder\.up_blocks\.(\d+)\.attentions\.", r"decoder.up.\1.attn."),
+        (r"^decoder\.up_blocks\.(\d+)\.upsamplers\.0\.", r"decoder.up.\1.upsample."),
+        (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
+        (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."),
+        (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
+        (r"\.conv_shortcut\.", ".nin_shortcut."),
+        (r"coder\.conv_norm_out\.", "coder.norm_out."),
+        (r"(\.attn(_1|\.\d+))\.group_norm\.", r"\1.norm."),
+        (r"(\.attn(_1|\.\d+))\.to_([qkv])\.", r"\1.\3."),
+        (r"(\.attn(_1|\.\d+))\.to_out\.0\.", r"\1.proj_out."),
+    )
+]
+
 
 def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The first stage's tensors under diffusers' present names; attention's 1x1 convolutions become linear.
@@ -49,4 +69,23 @@ def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if ".attentions." in new and tensor.dim() == 4:
             tensor = tensor[:, :, 0, 0]
         renamed[new] = tensor
+    return renamed
+
+
+def to_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first stage's tensors under the original's names; attention's linear layers become 1x1 convolutions.
+
+    Takes diffusers' present names and its older ones; the original's stay as they are.
+    """
+    if not any("_block" in name for name in tensors if name.startswith(("encoder.down_", "decoder.up_"))):
+        return dict(tensors)
+    tensors = to_diffusers(tensors)
+    levels = [int(match[1]) for name in tensors if (match := re.match(r"decoder\.up_blocks\.(\d+)\.", name))]
+    renamed = {}
+    for name, tensor in tensors.items():
+        attention = ".attentions." in name
+        for pattern, replacement in _BACK:
+            name = pattern.sub(replacement, name)
+        name = re.sub(r"^decoder\.up\.(\d+)\.", lambda match: f"decoder.up.{max(levels) - int(match[1])}.", name)
+        renamed[name] = tensor[:, :, None, None] if attention and tensor.dim() == 2 else tensor
     return renamed

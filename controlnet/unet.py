@@ -9,17 +9,8 @@ from torch import Tensor, nn
 
 from cnkernels.nn import GroupNormSiLU
 from controlnet.architecture import GROUPS, Architecture, UNetArchitecture
-from controlnet.layers import (
-    AttentionBlock,
-    Downsample,
-    ResBlock,
-    SpatialTransformer,
-    TimestepEmbedding,
-    TimestepSequential,
-    Upsample,
-    conv3x3,
-    zeroed,
-)
+from controlnet.layers import Downsample, ResBlock, Size, TimestepEmbedding, Upsample, conv3x3, zeroed
+from controlnet.transformer import AttentionBlock, SpatialTransformer
 
 
 def check_shape(name: str, tensor: Tensor | None, *expected: int | str) -> None:
@@ -29,6 +20,22 @@ def check_shape(name: str, tensor: Tensor | None, *expected: int | str) -> None:
     sizes = zip(tensor.shape, expected, strict=False)
     if tensor.dim() != len(expected) or any(want != got for got, want in sizes if not isinstance(want, str)):
         raise ValueError(f"{name} has shape {list(tensor.shape)}; expected [{', '.join(map(str, expected))}]")
+
+
+class TimestepSequential(nn.Sequential):
+    """Layers in sequence, each given what it takes of the timestep embedding, the context and the size to reach."""
+
+    def forward(self, h: Tensor, embedding: Tensor, context: Tensor | None, size: Size | None = None) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                h = layer(h, embedding, size)
+            elif isinstance(layer, SpatialTransformer):
+                h = layer(h, context)
+            elif isinstance(layer, Upsample):
+                h = layer(h, size)
+            else:
+                h = layer(h)
+        return h
 
 
 def res_block(arch: Architecture, channels: int, out_channels: int, **resample: bool) -> ResBlock:

@@ -11,7 +11,7 @@ Scale = float | Tensor
 def zero_conv_add_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, scale: Scale, out: Tensor | None = None
 ) -> Tensor:
-    y = _conv1x1(_wide(x), _wide(weight), bias) * _per_sample(scale, x)
+    y = _scaled(_conv1x1(_wide(x), _wide(weight), bias), scale)
     if residual is not None:
         y = y + _wide(residual)
     return layout.match(y.to(x.dtype), x) if out is None else out.copy_(y)
@@ -22,7 +22,7 @@ def zero_conv_add_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of (x, weight, bias, scale), None where not needed. The residual's is `dout` itself."""
     dtype, dout, wide_x, wide_weight = x.dtype, _wide(dout), _wide(x), _wide(weight)
-    scaled = dout * _per_sample(scale, x)  # [N, Cout, H, W]
+    scaled = _scaled(dout, scale)  # [N, Cout, H, W]
     dx = dweight = dbias = dscale = None
     if need[0]:
         dx = layout.match(_conv1x1(scaled, wide_weight.transpose(0, 1), None).to(dtype), x)
@@ -41,16 +41,19 @@ def _wide(t: Tensor) -> Tensor:
     return t.to(torch.float64 if t.dtype == torch.float64 else torch.float32)
 
 
-def _per_sample(scale: Scale, x: Tensor) -> Scale:
-    """A float or 0-d tensor as it is; [N] as [N, 1, 1, 1]."""
+def _scaled(y: Tensor, scale: Scale) -> Tensor:
+    """y times a float, a 0-d tensor or one factor for each sample."""
     if not isinstance(scale, Tensor):
-        return scale
-    scale = scale.to(_wide(x).dtype)
-    return scale.view(-1, 1, 1, 1) if scale.dim() else scale
+        return y if scale == 1 else y * scale
+    scale = scale.to(y.dtype)
+    return y * (scale.view(-1, 1, 1, 1) if scale.dim() else scale)
 
 
 def _conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # A matmul, not F.conv2d: cuDNN may run a float32 convolution in TF32, which would be no reference.
-    n, _, height, width = x.shape
-    y = torch.matmul(weight.flatten(1), x.flatten(2)).view(n, weight.shape[0], height, width)
+    if layout.is_channels_last(x):
+        y = torch.matmul(x.permute(0, 2, 3, 1), weight.flatten(1).t()).permute(0, 3, 1, 2)
+    else:
+        n, _, height, width = x.shape
+        y = torch.matmul(weight.flatten(1), x.flatten(2)).view(n, weight.shape[0], height, width)
     return y if bias is None else y + bias.to(y.dtype).view(1, -1, 1, 1)

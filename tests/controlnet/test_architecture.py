@@ -7,7 +7,7 @@ import torch
 
 from controlnet.architecture import ONLY_VALUES, Architecture
 from controlnet.controlnet import ControlNet
-from controlnet.layers import CrossAttention
+from controlnet.transformer import CrossAttention
 from controlnet.unet import UNet
 from tests.controlnet.twins import BASE
 

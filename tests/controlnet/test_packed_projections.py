@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from controlnet.layers import CrossAttention
 from controlnet.optim import ExponentialAverage, trainable_tensors
+from controlnet.transformer import CrossAttention
 from controlnet.unet import UNet
 from tests.controlnet.twins import BASE, randomise
 

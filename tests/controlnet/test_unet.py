@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from controlnet.layers import AttentionBlock, TimestepEmbedding
+from controlnet.layers import TimestepEmbedding
+from controlnet.transformer import AttentionBlock
 from controlnet.unet import UNet
 from tests.controlnet import twins
 from tests.controlnet.twins import BASE, CASES, assert_same, randomise

@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=BASE)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(1)  # the same sums on any number of cores
     train(config.load(CONFIG), arguments.steps, arguments.output)
 
 

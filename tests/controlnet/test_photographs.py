@@ -82,3 +82,24 @@ def test_they_run_through_training(shards, tmp_path):
     assert control["control_model.zero_convs.0.0.weight"].abs().max() > 0
     assert all(torch.isfinite(tensor).all() for tensor in control.values())
     assert config.load(folder / "checkpoints" / "step-00000004" / "config.yaml").trainer.max_steps == 4
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_run_over_shards_resumed_twice_is_the_run_in_one_go(shards, tmp_path, num_workers):
+    base = tmp_path / "base.safetensors"
+    write_base(base, tiny_run.configuration(tmp_path))
+    (tmp_path / "photographs.yaml").write_text(json.dumps(tiny_run.BASE))
+
+    def run(folder, steps):
+        settings = [f"exp_manager.explicit_log_dir={folder}", f"trainer.max_steps={steps}"]
+        settings += [f"model.unet_config.from_pretrained={base}", f"data.num_workers={num_workers}"]
+        settings += ["exp_manager.resume_if_exists=True"]
+        train.main(["--config", str(tmp_path / "photographs.yaml"), *data_overrides(shards), *settings])
+        return read(folder / "checkpoints" / f"step-{steps:08d}" / "control.safetensors")
+
+    whole = run(tmp_path / "whole", 7)  # more than two epochs of three batches
+    for steps in (2, 5):
+        run(tmp_path / "parts", steps)
+    parts = run(tmp_path / "parts", 7)
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())

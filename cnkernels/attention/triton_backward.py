@@ -289,7 +289,7 @@ def _attention_bwd_sum_kernel(parts_ptr, sum_ptr, size, parts, BLOCK: tl.constex
 
 def _query_config(head_dim: int, itemsize: int, capability: int) -> Config:
     if itemsize == 4:
-        return Config(32, 32, 4, 1)
+        return Config(32, 16, 4, 1)
     if capability in (9, 10):
         if head_dim <= 160:
             return Config(128, 64, 8, 3 if head_dim <= 64 else 2)
@@ -299,7 +299,7 @@ def _query_config(head_dim: int, itemsize: int, capability: int) -> Config:
 
 def _key_config(head_dim: int, itemsize: int, capability: int) -> Config:
     if itemsize == 4:
-        return Config(32, 32, 4, 1)
+        return Config(32, 16, 4, 1)
     if capability in (9, 10):
         return Config(64, 64, 4, 2) if head_dim <= 96 else Config(32 if head_dim <= 192 else 16, 64, 8, 2)
     return Config(32 if head_dim <= 96 else 16, 64, 4, 2)
@@ -315,7 +315,7 @@ def _key_passes(head_dim: int, itemsize: int, capability: int, need_k: bool, nee
 def _constants(head_dim: int, itemsize: int, capability: int, unit: int, config: Config) -> dict:
     return {
         "HEAD_DIM": head_dim,
-        "COLUMNS": column_blocks(head_dim, widest_block(capability)),
+        "COLUMNS": column_blocks(head_dim, widest_block(itemsize, capability)),
         "UNIT": unit,
         "EXACT": itemsize == 4,
         "BLOCK_M": config.block_m,

@@ -210,7 +210,7 @@ def _fwd_config(shape: tuple[int, ...], keys: int, itemsize: int, capability: in
     batch, queries, heads, head_dim = shape
     many = batch * heads * triton.cdiv(queries, 128) >= 128
     if itemsize == 4:
-        return Config(32, 32, 4, 1)
+        return Config(32, 16, 4, 1)
     if _single_pass(keys, head_dim, itemsize, capability):
         return Config(64, keys, 8 if keys * head_dim > 128 * 160 else 4, 1)
     if capability not in (9, 10):
@@ -238,7 +238,7 @@ def _fwd_launch(shape: tuple[int, ...], keys: int, itemsize: int, capability: in
     config = _fwd_config(shape, keys, itemsize, capability)
     constants = {
         "HEAD_DIM": head_dim,
-        "COLUMNS": column_blocks(head_dim, widest_block(capability)),
+        "COLUMNS": column_blocks(head_dim, widest_block(itemsize, capability)),
         "UNIT": unit,
         "BLOCK_M": config.block_m,
     }

@@ -44,8 +44,14 @@ def column_blocks(size: int, widest: int = 256) -> tuple[int, ...]:
     return (*blocks, 2 * first) if second == first else (*blocks, first, second)
 
 
-def widest_block(capability: int) -> int:
-    """sm_90 and sm_100 multiply out of shared memory; the others out of registers, which wide blocks would fill."""
+def widest_block(itemsize: int, capability: int) -> int:
+    """The widest column block: what a product keeps in registers must fit there.
+
+    sm_90 and sm_100 multiply half precision out of shared memory, the others out of registers. float32 has no matrix
+    units that are exact: its products are unrolled, element by element.
+    """
+    if itemsize == 4:
+        return 16
     return 256 if capability in (9, 10) else 32
 
 

@@ -33,7 +33,7 @@ def capability(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("widest", [32, 256])
+@pytest.mark.parametrize("widest", [16, 32, 256])
 def test_column_blocks_cover_with_less_than_double(widest):
     for size in range(1, 257):
         blocks = triton_tiles.column_blocks(size, widest)

@@ -35,6 +35,7 @@ CAPABILITIES = {
     ("zero_conv_add", "reference"): Capability(_ALL),
     ("geglu", "reference"): Capability(_ALL),
     ("attention", "triton"): Capability(_NARROW, compute_capability=(8, 0), head_dims=range(1, 257)),
+    ("attention", "cuda"): Capability(_HALF, compute_capability=(8, 0), head_dims=(40, 64, 80, 128, 160)),
     ("group_norm_silu", "triton"): Capability(_NARROW, compute_capability=(8, 0)),
     ("group_norm_silu", "cuda"): Capability(_NARROW, compute_capability=(8, 0)),
     ("zero_conv_add", "cuda"): Capability(_NARROW, compute_capability=(8, 0)),

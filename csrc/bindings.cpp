@@ -117,6 +117,34 @@ void bind_zero_conv_add(py::module_& module) {
   module.def("zero_conv_add_bwd", &zero_conv_add_bwd);
 }
 
+void bind_attention(py::module_& module) {
+  bind_struct<HeadTensor>(module, "HeadTensor")
+      .def_readwrite("address", &HeadTensor::address)
+      .def_readwrite("batch", &HeadTensor::batch)
+      .def_readwrite("row", &HeadTensor::row)
+      .def_readwrite("head", &HeadTensor::head);
+  bind_struct<Attention>(module, "Attention")
+      .def_readwrite("dtype", &Attention::dtype)
+      .def_readwrite("batch", &Attention::batch)
+      .def_readwrite("heads", &Attention::heads)
+      .def_readwrite("q_length", &Attention::q_length)
+      .def_readwrite("k_length", &Attention::k_length)
+      .def_readwrite("head_dim", &Attention::head_dim)
+      .def_readwrite("scale", &Attention::scale)
+      .def_readwrite("q", &Attention::q)
+      .def_readwrite("k", &Attention::k)
+      .def_readwrite("v", &Attention::v)
+      .def_readwrite("out", &Attention::out)
+      .def_readwrite("lse", &Attention::lse)
+      .def_readwrite("dout", &Attention::dout)
+      .def_readwrite("dq", &Attention::dq)
+      .def_readwrite("dk", &Attention::dk)
+      .def_readwrite("dv", &Attention::dv)
+      .def_readwrite("delta", &Attention::delta);
+  module.def("attention_fwd", &attention_fwd);
+  module.def("attention_bwd", &attention_bwd);
+}
+
 #ifdef CNK_HOST
 // The kernels of the next calls may touch these (address, bytes) and nothing else.
 void watch(const std::vector<std::pair<uintptr_t, size_t>>& tensors) {
@@ -135,6 +163,7 @@ PYBIND11_MODULE(CNK_MODULE, module) {
   bind_struct<Place>(module, "Place").def_readwrite("device", &Place::device).def_readwrite("stream", &Place::stream);
   bind_group_norm_silu(module);
   bind_zero_conv_add(module);
+  bind_attention(module);
 #ifdef CNK_HOST
   module.def("watch", &watch);
 #else

@@ -83,4 +83,27 @@ struct ZeroConv {
 void zero_conv_add_fwd(const Place& place, Dtype dtype, const std::vector<ZeroConv>& layers, int blocks);
 void zero_conv_add_bwd(const Place& place, Dtype dtype, const std::vector<ZeroConv>& layers, int blocks);
 
+// [batch, length, heads, head_dim] with head_dim contiguous, strides in elements.
+struct HeadTensor {
+  uintptr_t address = 0;
+  int64_t batch = 0, row = 0, head = 0;
+};
+
+// softmax(scale q k^T) v per head, for head dimensions 40, 64, 80, 128 and 160 in float16 and bfloat16.
+struct Attention {
+  Dtype dtype = Dtype::float16;
+  int64_t batch = 0, heads = 0, q_length = 0, k_length = 0;
+  int head_dim = 0;
+  float scale = 1;
+  HeadTensor q, k, v, out;
+  uintptr_t lse = 0;  // float32 [batch, heads, q_length], natural logarithm
+
+  // The backward pass only. dk and dv are asked for apart from each other and from dq.
+  HeadTensor dout, dq, dk, dv;
+  uintptr_t delta = 0;  // float32 [batch, heads, q_length]: workspace
+};
+
+void attention_fwd(const Place& place, const Attention& call);
+void attention_bwd(const Place& place, const Attention& call);
+
 }  // namespace cnk

@@ -124,6 +124,11 @@ struct Shared {
     std::memcpy(host::team().write_shared(block, offset + i * sizeof(T), sizeof(value), name, i), &value, sizeof(value));
   }
 
+  Shared slice(int first, int count) const {
+    host::team().check_index(name, first, count, size, 0);
+    return {offset + first * sizeof(T), static_cast<size_t>(count), block, name};
+  }
+
   // The same buffer in another block of the cluster.
   Shared at_rank(int rank) const { return {offset, size, rank, name}; }
 };
@@ -154,6 +159,8 @@ struct Shared {
     using W = typename Word<sizeof(value)>::type;
     *reinterpret_cast<W*>(pointer + i) = bit_cast<W>(value);
   }
+
+  __device__ __forceinline__ Shared slice(int first, int) const { return {pointer + first}; }
 
   __device__ __forceinline__ unsigned address(int i) const {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer + i));

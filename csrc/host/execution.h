@@ -132,7 +132,7 @@ class Team {
   void check_index(const char* name, long long index, int count, size_t size, size_t element) {
     if (index < 0 || index + count > static_cast<long long>(size))
       fail("shared index out of bounds: " + place(name, index) + " of " + std::to_string(size));
-    if (index * element % (count * element)) fail("misaligned vector access: shared " + place(name, index));
+    if (element && index % count) fail("misaligned vector access: shared " + place(name, index));
   }
 
   void check_global(const void* pointer, size_t bytes, size_t alignment, const char* verb) {

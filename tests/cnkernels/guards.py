@@ -7,6 +7,7 @@ import torch
 
 _MARGIN = 1 << 18  # bytes on either side
 _SENTINEL = 42
+_empty, _empty_like = torch.empty, torch.empty_like  # PyTorch's own, inside a block as well
 
 
 @contextmanager
@@ -16,11 +17,10 @@ def guarded_empty():
     The margins around each keep their sentinel, or leaving the block fails. The tensors themselves hold NaN.
     """
     buffers = []
-    empty, empty_like = torch.empty, torch.empty_like
 
     def guarded(*size, dtype=None, device=None, memory_format=torch.contiguous_format, **_):
         shape = size[0] if size and not isinstance(size[0], int) else size
-        strides = empty(shape, device="meta", memory_format=memory_format).stride()
+        strides = _empty(shape, device="meta", memory_format=memory_format).stride()
         return _inside(shape, strides, dtype or torch.get_default_dtype(), device)
 
     def _inside(shape, strides, dtype, device):
@@ -32,7 +32,7 @@ def guarded_empty():
         return inner.fill_(torch.nan) if dtype.is_floating_point else inner
 
     def guarded_like(t, *, dtype=None, device=None, **_):
-        strides = empty_like(t, device="meta").stride()
+        strides = _empty_like(t, device="meta").stride()
         return _inside(t.shape, strides, dtype or t.dtype, device or t.device)
 
     with mock.patch.object(torch, "empty", guarded), mock.patch.object(torch, "empty_like", guarded_like):

@@ -1,6 +1,7 @@
 """The ops' tests can fail: each kernel broken on purpose below is caught by a check that the kernel itself passes."""
 
 import importlib
+import inspect
 import itertools
 import sys
 from collections.abc import Callable
@@ -11,7 +12,15 @@ import pytest
 import torch
 
 import cnkernels
-from tests.cnkernels import harness, test_attention, test_geglu, test_group_norm_silu, test_zero_conv_add
+from tests.cnkernels import (
+    harness,
+    test_attention,
+    test_attention_triton,
+    test_geglu,
+    test_group_norm_silu,
+    test_group_norm_silu_triton,
+    test_zero_conv_add,
+)
 from tests.cnkernels.guards import guarded_empty
 
 interpreter = pytest.mark.skipif(
@@ -30,7 +39,8 @@ class Check:
 
     def __call__(self) -> None:
         with guarded_empty():
-            self.test(**self.arguments, backend="triton")
+            takes_backend = "backend" in inspect.signature(self.test).parameters  # the others test Triton alone
+            self.test(**self.arguments, **({"backend": "triton"} if takes_backend else {}))
 
     def __str__(self):
         return f"{self.test.__name__}-" + "-".join(map(str, self.arguments.values()))
@@ -49,9 +59,13 @@ def group_norm_silu(*shape, groups, layout="contiguous", dtype=SINGLE):
     return Check(test_group_norm_silu.test_equals_pytorch, arguments)
 
 
-def attention(batch, heads, queries, keys, dim, dtype=SINGLE):
-    arguments = {"batch": batch, "heads": heads, "queries": queries, "keys": keys, "dim": dim, "dtype": dtype}
-    return Check(test_attention.test_equals_pytorch, arguments)
+def cut_group_norm_silu(name):
+    """The shape of that name, large enough that a group is cut over programs."""
+    shape, groups, dtype, layout, kernels = next(
+        cut.values for cut in test_group_norm_silu_triton.CUTS if cut.id == name
+    )
+    arguments = {"shape": shape, "groups": groups, "dtype": dtype, "layout": layout, "expected": kernels}
+    return Check(test_group_norm_silu_triton.test_every_cut_equals_pytorch_and_stays_inside, arguments)
 
 
 RAGGED_CONV = zero_conv_add(3, 37, 41, 5, 3)
@@ -59,6 +73,23 @@ SPLIT_CONV = zero_conv_add(2, 8, 12, 17, 19, layout="contiguous")
 SCALED_CONV = Check(test_zero_conv_add.test_scale_on_the_device, {"kind": "per-sample", "layout": "channels_last"})
 RAGGED_GEGLU = geglu(3, 5, 2 * 37)
 STRIDED_GEGLU = Check(test_geglu.test_every_layout_and_upstream_layout, {"layout": "wider", "dtype": HALF})
+RAGGED_NORM = group_norm_silu(2, 6, 5, 13, groups=3)
+NHWC_NORM = group_norm_silu(2, 6, 5, 13, groups=3, layout="channels_last")
+FAR_NORM = Check(test_group_norm_silu.test_mean_far_from_zero, {"layout": "contiguous"})
+CUT_NORM = cut_group_norm_silu("rows-cut")
+EPS_NORM = Check(test_group_norm_silu.test_eps_counts, {"layout": "contiguous"})
+_TEXT = {"batch": 2, "heads": 1, "queries": 65, "keys": 77, "dim": 40}
+SHORT_ATTENTION = Check(test_attention.test_equals_pytorch, {**_TEXT, "dtype": SINGLE})
+HALF_ATTENTION = Check(test_attention.test_equals_pytorch, {**_TEXT, "dtype": HALF})  # all keys in one pass
+LONG_ATTENTION = Check(test_attention_triton.test_keys_that_stream, {"keys": 257, "dtype": SINGLE})
+PACKED_ATTENTION = Check(test_attention.test_inputs_are_read_where_they_are, {"arrange": test_attention.packed})
+SPLIT_ATTENTION = Check(  # few keys: the queries are shared out
+    test_attention.test_equals_pytorch, {"batch": 1, "heads": 1, "queries": 300, "keys": 7, "dim": 16, "dtype": HALF}
+)
+NORM, NORM_FORWARD = "group_norm_silu/triton_common", "group_norm_silu/triton_forward"
+NORM_BACKWARD = "group_norm_silu/triton_backward"
+ATTENTION, ATTENTION_TILES = "attention/triton_kernels", "attention/triton_tiles"
+ATTENTION_BACKWARD = "attention/triton_backward"
 PRODUCT, DWEIGHT, GEGLU = "zero_conv_add/triton_product", "zero_conv_add/triton_dweight", "geglu/triton_kernels"
 
 MUTATIONS = {  # what is broken: file, its text, the text instead, the check that must fail
@@ -150,6 +181,130 @@ MUTATIONS = {  # what is broken: file, its text, the text instead, the check tha
         RAGGED_GEGLU,
     ),
     "geglu: stride of the rows ignored": (GEGLU, "row * stride_row", "row * 2 * columns", STRIDED_GEGLU),
+    "group_norm_silu: eps ignored": (NORM, "eps = tl.cast(eps, tl.float32)", "eps = eps * 0.0", EPS_NORM),
+    "group_norm_silu: variance about zero": (NORM_FORWARD, "rough = tl.sum(sums) / count", "rough = 0.0", FAR_NORM),
+    "group_norm_silu: values outside the mask counted": (
+        NORM_FORWARD,
+        "deviation = tl.where(mask, tiles[tile] - rough, 0.0)",
+        "deviation = tiles[tile] - rough",
+        RAGGED_NORM,
+    ),
+    "group_norm_silu: positions past the last one written": (
+        NORM_FORWARD,
+        "y.to(y_ptr.dtype.element_ty), mask=mask)",
+        "y.to(y_ptr.dtype.element_ty))",
+        RAGGED_NORM,
+    ),
+    "group_norm_silu: last rows of a chunk skipped": (
+        NORM_FORWARD,
+        "for row in range(first, end, BLOCK_R):",
+        "for row in range(first, end - BLOCK_R, BLOCK_R):",
+        CUT_NORM,
+    ),
+    "group_norm_silu: chunks merged as if they had one mean": (
+        NORM,
+        "m2 + count * rest * rest",
+        "m2",
+        CUT_NORM,
+    ),
+    "group_norm_silu: strides of channels_last swapped": (
+        NORM_FORWARD,
+        "position[:, None] * channels + channel[None, :]",
+        "position[:, None] + channel[None, :] * spatial",
+        NHWC_NORM,
+    ),
+    "group_norm_silu: a channel in its neighbour's group": (
+        NORM,
+        "group = channel // group_channels - first_group",
+        "group = (channel + 1) // group_channels - first_group",
+        NHWC_NORM,
+    ),
+    "group_norm_silu: one of the two means of dx for the other": (
+        NORM_BACKWARD,
+        "normed_tiles[tile] * mean_dn",
+        "normed_tiles[tile] * mean_d",
+        RAGGED_NORM,
+    ),
+    "group_norm_silu: last sample's gradient of the weight skipped": (
+        NORM_BACKWARD,
+        "for sample in range(0, batch):",
+        "for sample in range(0, batch - 1):",
+        RAGGED_NORM,
+    ),
+    "group_norm_silu: gradient of the addend without a mean": (
+        NORM_BACKWARD,
+        "- spatial * mean_d",
+        "",
+        RAGGED_NORM,
+    ),
+    "attention: absent keys attended to": (
+        ATTENTION,
+        "p = tl.where((columns < keys)[None, :], p, 0.0) if i == RAGGED else p",
+        "p = p",
+        HALF_ATTENTION,
+    ),
+    "attention: absent keys of the last tile attended to": (
+        ATTENTION,
+        "p = tl.where(present, p, 0.0) if MASK else p",
+        "p = p",
+        LONG_ATTENTION,
+    ),
+    "attention: last tile of keys skipped": (ATTENTION, "if full < keys:", "if full < 0:", LONG_ATTENTION),
+    "attention: sums not rescaled": (
+        ATTENTION,
+        "return scale_tiles(acc, factor[:, None]), row_sum * factor",
+        "return acc, row_sum",
+        LONG_ATTENTION,
+    ),
+    "attention: exp of scores in units of log2": (
+        ATTENTION,
+        "scale * math.log2(math.e),",
+        "scale,",
+        SHORT_ATTENTION,
+    ),
+    "attention: strides of batch and head swapped": (
+        ATTENTION,
+        "batch * stride_kb + head * stride_kh",
+        "batch * stride_kh + head * stride_kb",
+        PACKED_ATTENTION,
+    ),
+    "attention: queries past the last one written": (
+        ATTENTION_TILES,
+        "mask = (columns < HEAD_DIM)[None, :] & (rows < length)[:, None]",
+        "mask = (columns < HEAD_DIM)[None, :]",
+        SHORT_ATTENTION,
+    ),
+    "attention: columns past the head dimension written": (
+        ATTENTION_TILES,
+        "mask = (columns < HEAD_DIM)[None, :] & (rows < length)[:, None]",
+        "mask = (rows < length)[:, None]",
+        SHORT_ATTENTION,
+    ),
+    "attention: log-sum-exp in units of log2": (
+        ATTENTION,
+        "tl.log2(row_sum)) * _LN2",
+        "tl.log2(row_sum))",
+        Check(test_attention.test_log_sum_exp, {}),
+    ),
+    "attention: dq without delta": (
+        ATTENTION_BACKWARD,
+        "(product_nt(dout, v) - delta[:, None])",
+        "product_nt(dout, v)",
+        SHORT_ATTENTION,
+    ),
+    "attention: dk not scaled": (ATTENTION_BACKWARD, "dk = scale_tiles(dk, scale)", "dk = dk", SHORT_ATTENTION),
+    "attention: last tile of queries skipped": (
+        ATTENTION_BACKWARD,
+        "if full < last:",
+        "if full < 0:",
+        SHORT_ATTENTION,
+    ),
+    "attention: last part of the queries not added": (
+        ATTENTION_BACKWARD,
+        "for part in range(parts):",
+        "for part in range(parts - 1):",
+        SPLIT_ATTENTION,
+    ),
 }
 
 

@@ -11,9 +11,8 @@ from cnkernels import recompute
 from cnkernels.nn import ZeroConv2d
 from controlnet.architecture import ControlNetArchitecture
 from controlnet.layers import conv3x3, zeroed
+from controlnet.scales import Scale, check_scale, controlled
 from controlnet.unet import Trunk, check_shape
-
-Scale = float | Tensor
 
 
 class HintEncoder(nn.Sequential):
@@ -108,8 +107,9 @@ class ControlNet(Trunk):
             context: [N, T, context_dim].
             residuals: the U-Net's skips and h. If given, each output is residual + scale * zero_conv(feature), ready
                 for `UNet.decode` without control: the addition is fused into the convolution.
-            scales: strength of the control, one for all outputs or one for each: a number, or a tensor 0-d or [N].
-                A number that changes from call to call is better a tensor: nothing is compiled again.
+            scales: strength of the control, one for all outputs or one for each: a number, a tensor 0-d or [N], or a
+                mask [N, 1, h, w] or [1, 1, h, w] of any size, averaged over areas to the size of each output. A number
+                that changes from call to call is better a tensor: nothing is compiled again.
             guided_hint: `encode_hint(hint)`, if it has been computed before.
         """
         self._check_inputs(x, timesteps, context)
@@ -121,6 +121,8 @@ class ControlNet(Trunk):
                 raise ValueError(f"{name} has {len(given)} entries; expected {count}, one for each output")
 
         n, _, height, width = x.shape
+        for scale in scales:
+            check_scale(scale, n)
         if guided_hint is None:
             f = self.arch.hint_factor
             check_shape("hint", hint, n, self.arch.hint_channels, f * height, f * width)
@@ -129,6 +131,6 @@ class ControlNet(Trunk):
         features = self._trunk(x, self.embed(timesteps), self._cast(context), guided_hint)
         zero_convs = [*self.zero_convs, self.middle_block_out]
         return [
-            conv[0](feature, residual, scale)
+            controlled(conv[0], feature, residual, scale)
             for conv, feature, residual, scale in zip(zero_convs, features, residuals, scales, strict=True)
         ]

@@ -184,8 +184,8 @@ class ControlledUNet(nn.Module):
             context: [N, T, D] text states.
             hint: [N, 3, H, W] in [0, 1]; None with guided_hint None gives the uncontrolled prediction.
             guided_hint: `control.encode_hint(hint)`, computed once for many calls.
-            scales: strength of the control, one for all outputs or one each; a number, or a tensor 0-d or [N].
-                The number 0 skips the ControlNet altogether.
+            scales: strength of the control, one for all outputs or one each: a number, a tensor 0-d or [N], or a mask
+                [N, 1, h, w]. The number 0 skips the ControlNet altogether.
         """
         with torch.no_grad():
             embedding = self.unet.embed(timesteps)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .diffusion import ControlledUNet, NoiseSchedule
+from .scales import for_both_halves
 
 Scales = float | Tensor | Sequence[float | Tensor]
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, h, w], t int64 [N]) -> prediction [N, C, h, w]
@@ -43,13 +44,6 @@ def control_scales(
     return [strength * factor * (1.0 if scales is None else scales[i]) for i, factor in enumerate(curve)]
 
 
-def _conditional_only(scales: Scales, count: int, batch: int, like: Tensor) -> list[Tensor]:
-    """Per-sample scales for a batch of [unconditional, conditional] halves that leave the first half uncontrolled."""
-    every = list(scales) if isinstance(scales, (list, tuple)) else [scales] * count
-    rows = [torch.as_tensor(scale, dtype=torch.float32, device=like.device).expand(batch) for scale in every]
-    return [torch.cat([torch.zeros_like(row), row]) for row in rows]
-
-
 @torch.no_grad()
 def guided(
     model: ControlledUNet,
@@ -69,7 +63,8 @@ def guided(
     Arguments:
         context, uncond_context: [N, T, D] text states of the prompts and of the negative prompts.
         hint: [N, 3, H, W] in [0, 1], or None for no control.
-        scales: strength of the control, one number or one for each output.
+        scales: strength of the control, one for all outputs or one for each: a number, a tensor [N], or a mask
+            [N, 1, h, w] (see `ControlNet.forward`).
         guess_mode: control only the conditional half, and weaken the shallow outputs (see `control_scales`).
     """
     batch = context.shape[0]
@@ -91,8 +86,7 @@ def guided(
         context = torch.cat([uncond_context, context])  # [2N, T, D]
         if guided_hint is not None:
             guided_hint = torch.cat([guided_hint, guided_hint])
-            if guess_mode:
-                scales = _conditional_only(scales, count, batch, context)
+            scales = for_both_halves(scales, batch, context.device, conditional_only=guess_mode)
 
     @torch.no_grad()
     def predict(x: Tensor, t: Tensor) -> Tensor:

@@ -1,0 +1,58 @@
+"""The strength of the control: a number, one for each sample, or a mask over the image."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Scale = float | Tensor
+
+
+def is_mask(scale: Scale) -> bool:
+    """Whether a scale varies over the image: [B, 1, h, w] with more than one pixel."""
+    return isinstance(scale, Tensor) and scale.dim() == 4 and scale.shape[2:] != (1, 1)
+
+
+def check_scale(scale: Scale, batch: int) -> None:
+    """Raise ValueError for a mask or a batch of numbers that does not fit the batch."""
+    if isinstance(scale, Tensor) and scale.dim() == 4:
+        if scale.shape[1] != 1 or scale.shape[0] not in (1, batch) or scale.numel() == 0:
+            raise ValueError(
+                f"scales has a mask of shape {list(scale.shape)}; expected [{batch}, 1, h, w] or [1, 1, h, w]"
+            )
+        if not scale.is_floating_point():
+            raise ValueError(f"scales has a mask of {scale.dtype}; expected floating point")
+
+
+def controlled(zero_conv: Callable[..., Tensor], feature: Tensor, residual: Tensor | None, scale: Scale) -> Tensor:
+    """residual + scale * zero_conv(feature), with a mask brought to the feature's resolution by averaging over areas.
+
+    Only a mask is multiplied outside the fused operation.
+    """
+    if not is_mask(scale):
+        return zero_conv(feature, residual, scale)
+    output = zero_conv(feature)
+    mask = F.interpolate(scale.float(), size=output.shape[2:], mode="area").to(output)
+    return mask * output if residual is None else torch.addcmul(residual, mask, output)
+
+
+def for_both_halves(
+    scales: Scale | Sequence[Scale], batch: int, device: torch.device, *, conditional_only: bool
+) -> Scale | list[Scale]:
+    """The scales of a batch for the batch of its [unconditional, conditional] halves.
+
+    Arguments:
+        scales: one for all outputs of the ControlNet or a list with one for each: a number, or a tensor 0-d, [batch],
+            [batch, 1, h, w] or [1, 1, h, w].
+        conditional_only: leave the first half uncontrolled.
+    Numbers that are the same for both halves stay numbers.
+    """
+    if isinstance(scales, (list, tuple)):
+        return [for_both_halves(scale, batch, device, conditional_only=conditional_only) for scale in scales]
+    shared = not isinstance(scales, Tensor) or scales.dim() == 0 or scales.shape[0] == 1
+    if shared and not conditional_only:
+        return scales
+    row = torch.as_tensor(scales, dtype=torch.float32, device=device)
+    row = row.expand(batch, *row.shape[1:])
+    return torch.cat([torch.zeros_like(row) if conditional_only else row, row])

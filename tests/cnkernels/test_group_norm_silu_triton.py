@@ -1,5 +1,6 @@
 """What only the Triton kernels have: several cuts of a tensor, each taken by some shape, and their edges."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,6 +11,8 @@ from tests.cnkernels import harness
 from tests.cnkernels.guards import guarded_empty
 from tests.cnkernels.harness import DEVICE, randn
 
+triton = pytest.importorskip("triton")
+interpreter = pytest.importorskip("triton.runtime.interpreter")
 REASON = dispatch.why_not("group_norm_silu", "triton", DEVICE, torch.float32)
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
@@ -143,6 +146,43 @@ def test_chunks_of_several_tiles(shape, groups, dtype, layout, few_programs):
             arrange=LAYOUTS[layout],
             reductions=sums(shape),
         )
+
+
+@pytest.fixture
+def stores(monkeypatch):
+    """Checks the stores of every launch. The interpreter runs programs one by one, so that where two write one element
+    the last one wins each time; on a GPU either may, and a wrong value that is overwritten here is a race there.
+    """
+    from cnkernels.group_norm_silu import triton_common
+
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("stores are seen in Triton's interpreter alone")
+    builder = interpreter.InterpreterBuilder
+    store, run = builder.create_masked_store, triton_common.Launch.__call__
+    addresses, launched = [], []
+
+    def recorded(self, pointers, value, mask, *rest):
+        addresses.append(pointers.data[mask.data])
+        return store(self, pointers, value, mask, *rest)
+
+    def checked(launch, tensors):
+        addresses.clear()
+        run(launch, tensors)
+        written = np.concatenate(addresses)
+        assert np.unique(written).size == written.size, f"{launch.kernel.fn.__name__} writes an element twice"
+        launched.append(launch)
+
+    monkeypatch.setattr(builder, "create_masked_store", recorded)
+    monkeypatch.setattr(triton_common.Launch, "__call__", checked)
+    return launched
+
+
+@pytest.mark.parametrize("shape, groups, dtype, layout, expected", CUTS)
+def test_no_element_is_written_twice(shape, groups, dtype, layout, expected, stores):
+    tensors = [LAYOUTS[layout](t.to(dtype)) for t in inputs(shape)]
+    with cnkernels.backend("triton"):
+        harness.run(fused(groups), tensors, randn(*shape).to(dtype))
+    assert len(stores) == len(expected.split()) + 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -65,6 +65,13 @@ def test_tiles_of_each_gpu(dim, capability):
     compare(inputs(1, 1, 33, 300, dim))
 
 
+@pytest.mark.parametrize("dim", [40, 72, 168])
+def test_long_tiles_once_there_are_many(dim):
+    shape, keys = (16, 3, 8, dim), 270
+    assert triton_kernels._fwd_config(shape, keys, 2, 9).block_m == 128
+    compare(inputs(16, 8, 3, keys, dim), backward=False)
+
+
 @pytest.mark.parametrize("capability", [8, 9], indirect=True)
 def test_wide_heads_with_256_keys(capability):
     """One tile where matrix units read shared memory, several where they read registers."""

@@ -25,8 +25,9 @@ _DIFFUSERS_BARE = (*_DIFFUSERS_MARKS, "conv_in.", "conv_norm_out.", "conv_out.",
 _BARE = {
     "unet": ("time_embed.", "input_blocks.", "middle_block.", "output_blocks.", "out.", "label_emb.", *_DIFFUSERS_BARE),
     "control": ("zero_convs.", "input_hint_block.", "middle_block_out.", "controlnet_"),
+    # before the first stage, whose encoder has no layers
+    "cond_stage": ("transformer.", "text_model.", "embeddings.", "encoder.layers.", "final_layer_norm."),
     "first_stage": ("encoder.", "decoder.", "quant_conv.", "post_quant_conv."),
-    "cond_stage": ("transformer.", "text_model."),
 }
 
 

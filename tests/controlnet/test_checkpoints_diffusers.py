@@ -77,6 +77,10 @@ def test_vae_names(levels, blocks):
     found, expected = vae.to_diffusers(original), model.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    back = vae.to_original(expected)
+    assert back.keys() == original.keys() and all(torch.equal(back[name], original[name]) for name in original)
+    same = vae.to_original(original)
+    assert same.keys() == original.keys() and all(same[name] is original[name] for name in original)
     theirs = convert_ldm_vae_checkpoint({f"first_stage_model.{k}": v for k, v in original.items()}, dict(model.config))
     assert found.keys() == theirs.keys() and all(torch.equal(found[name], theirs[name]) for name in theirs)
 

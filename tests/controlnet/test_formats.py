@@ -11,6 +11,7 @@ from transformers import CLIPTextModel
 
 import controlnet
 from controlnet import checkpoints
+from controlnet.checkpoints import shapes
 from tests.controlnet import formats
 from tests.controlnet.formats import FAMILIES, PREFIXES, assert_equal, original, save, state, to_nemo
 from tests.controlnet.twins import assert_same
@@ -201,6 +202,41 @@ def test_other_architectures_are_read_off_the_shapes(tmp_path, params):
                  "num_attention_blocks", "disable_self_attentions", "disable_middle_self_attn",
                  "hint_block_channels"):  # fmt: skip
         assert getattr(loaded.control.arch, name) == getattr(wanted, name), name
+
+
+SD15 = {"in_channels": 4, "model_channels": 320, "num_res_blocks": [2] * 4, "attention_resolutions": [1, 2, 4],
+        "channel_mult": [1, 2, 4, 4], "use_spatial_transformer": True, "transformer_depth": 1, "context_dim": 768,
+        "num_heads": 8, "use_linear_in_transformer": False, "legacy": False, "use_flash_attention": True}  # fmt: skip
+SD21 = SD15 | {"context_dim": 1024, "use_linear_in_transformer": True, "num_head_channels": 64}
+del SD21["num_heads"]
+
+
+@pytest.mark.parametrize("params", [SD15, SD21], ids=["sd15", "sd21"])
+@pytest.mark.parametrize("part", ["unet", "control"])
+def test_the_whole_models_are_read_off_their_shapes(part, params):
+    """At full size, without memory, in both layouts' names."""
+    own = {"unet": {"out_channels": 4}, "control": {"hint_channels": 3, "hint_block_channels": [16, 32, 96, 256]}}[part]
+    with torch.device("meta"):
+        model = {"unet": controlnet.UNet, "control": controlnet.ControlNet}[part](**params, **own)
+    tensors = model.state_dict()
+    assert shapes.parameters(tensors, part, "x") == params | own
+    theirs = shapes.to_diffusers(tensors, model.arch)
+    assert len(theirs) == len(tensors) and not theirs.keys() & tensors.keys()
+    assert list(shapes.to_original(theirs, part, "x")) == list(tensors)
+
+
+def test_a_text_encoder_alone_and_its_buffers(tmp_path):
+    """Folders of transformers' releases differ in a prefix; old files have position numbers beside the weights."""
+    tensors = original("cond_stage", folder=tmp_path)
+    tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(12)[None]
+    controlnet.convert(save(tensors, tmp_path / "x.safetensors"), tmp_path / "text", "diffusers")
+    names = checkpoints.read(tmp_path / "text")
+    assert "text_model.final_layer_norm.weight" in names and len(names) == len(tensors)
+    controlnet.convert(tmp_path / "text", tmp_path / "back.safetensors", "original")
+    assert_equal(checkpoints.read(tmp_path / "back.safetensors"), tensors)
+    found = controlnet.load(tmp_path / "clip").cond_stage
+    assert_equal({f"cond_stage_model.{name}": t for name, t in found.items()}, original("cond_stage", folder=tmp_path))
+    assert checkpoints.parts(tmp_path / "clip") == ["cond_stage"]
 
 
 # transfer, add_control, the command

@@ -120,6 +120,8 @@ def rows(case: Case, device: torch.device, ceilings: Mapping[str, Any], refused:
             "layout": case.layout,
             "direction": case.direction,
             "provider": name,
+            "size": first[0].numel(),
+            "head_dim": first[0].shape[-1] if case.op == "attention" else None,
             "floor_bytes": case.floor_bytes,
             "floor_flops": case.floor_flops,
             "floor_seconds": floor,

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from cnkernels import extension, variables
+from cnkernels import extension, tuning, variables
 
 OPS = ("attention", "group_norm_silu", "zero_conv_add", "geglu")
 BACKENDS = ("triton", "cuda", "reference")  # the order in which `auto` tries them where nothing measured says otherwise
@@ -118,11 +118,16 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, hea
     return _triton_absent(device) if backend == "triton" else _cuda_absent(device)
 
 
-def select(op: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
+def select(
+    op: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None, size: int | None = None
+) -> str:
     """The name of the backend that serves such a call.
 
-    Forced: that one, or a ValueError that says why it cannot. "auto": on a CPU the reference;
-    elsewhere the first of `BACKENDS` that can.
+    Forced: that one, or a ValueError that says why it cannot. "auto": on a CPU the reference; elsewhere the one that
+    was measured to be fastest for calls like it (`cnkernels.tuning`), or else the first of `BACKENDS` that can.
+
+    Args:
+        size: elements of the first input, where it is known.
     """
     forced = current()
     if forced != "auto":
@@ -132,10 +137,12 @@ def select(op: str, device: torch.device, dtype: torch.dtype, head_dim: int | No
         return forced
     if device.type == "cpu":
         return "reference"
-    return next(name for name in BACKENDS if why_not(op, name, device, dtype, head_dim) is None)
+    measured = None if size is None else tuning.measured(op, device, dtype, size, head_dim)
+    order = BACKENDS if measured is None else (measured, *BACKENDS)
+    return next(name for name in order if why_not(op, name, device, dtype, head_dim) is None)
 
 
 def implementation(op: str, x: torch.Tensor, head_dim: int | None = None) -> ModuleType:
     """The module of kernels that serves a call of `op` on `x`: it has `<op>_fwd` and `<op>_bwd`."""
-    name = select(op, x.device, x.dtype, head_dim)
+    name = select(op, x.device, x.dtype, head_dim, x.numel())
     return importlib.import_module(f"cnkernels.{op}.{_MODULES[name]}")

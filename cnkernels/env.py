@@ -31,10 +31,15 @@ def _devices() -> list[str]:
 def _choices() -> list[str]:
     import torch
 
-    from cnkernels import dispatch
+    from cnkernels import dispatch, tuning
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines = []
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_name(device)
+        file = tuning.file_name(gpu)
+        found = "is used" if tuning.table(gpu) else "is not there: the first backend below that can serve a call does"
+        lines.append(f"measured     cnkernels/tuning/{file} {found}")
     for op in dispatch.OPS:
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             chosen = dispatch.select(op, device, dtype)

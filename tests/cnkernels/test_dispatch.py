@@ -1,0 +1,73 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cnkernels
+from cnkernels import dispatch, tuning
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def ampere(monkeypatch):
+    """Dispatch as on a machine with one GPU of compute capability 8.0, never measured, and the extension built."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU X")
+    monkeypatch.setattr(dispatch.extension, "why_absent", lambda: None)
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_a_cpu_gets_the_reference(op):
+    with cnkernels.backend("auto"):
+        assert dispatch.select(op, CPU, torch.float32) == "reference"
+
+
+def test_a_gpu_gets_the_first_backend_that_can(ampere):
+    with cnkernels.backend("auto"):
+        assert dispatch.select("attention", GPU, torch.float16, head_dim=40) == "triton"
+        assert dispatch.select("attention", GPU, torch.float64, head_dim=40) == "reference"
+        assert dispatch.select("attention", GPU, torch.float16, head_dim=512) == "reference"
+
+
+def test_a_measured_table_is_followed_where_its_backend_can_serve(ampere, monkeypatch):
+    entries = [{"dtype": "float16", "head_dim": d, "size": 1000, "backend": "cuda"} for d in (40, 48)]
+    monkeypatch.setattr(tuning, "table", lambda gpu: {"attention": entries})
+    with cnkernels.backend("auto"):
+        assert dispatch.select("attention", GPU, torch.float16, head_dim=40, size=900) == "cuda"
+        assert dispatch.select("attention", GPU, torch.float16, head_dim=48, size=900) == "triton"  # cuda has no 48
+        assert dispatch.select("attention", GPU, torch.bfloat16, head_dim=40, size=900) == "triton"
+
+
+def test_an_old_gpu_gets_the_reference(ampere, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    with cnkernels.backend("auto"):
+        assert dispatch.select("geglu", GPU, torch.float16) == "reference"
+
+
+def test_a_forced_backend_that_cannot_serve_says_why():
+    with cnkernels.backend("triton"), pytest.raises(ValueError, match="'triton' is forced, but .*float64"):
+        cnkernels.geglu(torch.zeros(2, 4, dtype=torch.float64))
+    with cnkernels.backend("cuda"), pytest.raises(ValueError, match="geglu has no cuda backend"):
+        cnkernels.geglu(torch.zeros(2, 4))
+
+
+def test_the_choice_is_given_back_after_an_error():
+    before = dispatch.current()
+    with pytest.raises(RuntimeError), cnkernels.backend("reference"):
+        raise RuntimeError
+    assert dispatch.current() == before
+
+
+def test_an_unknown_backend_is_named():
+    with pytest.raises(ValueError, match="`name` must be one of .*, got 'cutlass'"), cnkernels.backend("cutlass"):
+        pass
+
+
+def test_the_environment_report_names_every_op_and_why():
+    done = subprocess.run([sys.executable, "-m", "cnkernels.env"], capture_output=True, text=True, check=True)
+    for op in dispatch.OPS:
+        assert op in done.stdout
+    assert "torch" in done.stdout and "extension" in done.stdout and "CNKERNELS_BACKEND=" in done.stdout
+    assert done.stderr == ""

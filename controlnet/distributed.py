@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .config import ConfigError
+from controlnet.config import ConfigError
 
 # A rank that waits longer than this for another one gives up: longer than any save or sample grid lasts.
 TIMEOUT = datetime.timedelta(minutes=30)

@@ -16,12 +16,12 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from . import build, checkpoints, config, training_state
-from .conditioning import DTYPES, Conditioning
-from .config import ConfigError
-from .diffusion import ControlledUNet, NoiseSchedule
-from .images import fault, grid, to_uint8
-from .sampling import control_scales, ddim, guided, sample_with_scheduler
+from controlnet import build, checkpoints, config, training_state
+from controlnet.conditioning import DTYPES, Conditioning
+from controlnet.config import ConfigError
+from controlnet.diffusion import ControlledUNet, NoiseSchedule
+from controlnet.images import fault, grid, to_uint8
+from controlnet.sampling import control_scales, ddim, guided, sample_with_scheduler
 
 logger = logging.getLogger(__name__)
 

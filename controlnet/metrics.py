@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .diffusion import ControlledUNet
-from .distributed import World
+from controlnet.diffusion import ControlledUNet
+from controlnet.distributed import World
 
 logger = logging.getLogger(__name__)
 

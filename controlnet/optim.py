@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import ConfigError, nearest
+from controlnet.config import ConfigError, nearest
 
 OPTIMIZERS = {
     "fused_adam": torch.optim.AdamW,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .diffusion import ControlledUNet, NoiseSchedule
-from .scales import for_both_halves
+from controlnet.diffusion import ControlledUNet, NoiseSchedule
+from controlnet.scales import for_both_halves
 
 Scales = float | Tensor | Sequence[float | Tensor]
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, h, w], t int64 [N]) -> prediction [N, C, h, w]

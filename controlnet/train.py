@@ -18,10 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from . import build, config
-from .data import build_loader
-from .distributed import RankError, StopRequest, World, start
-from .trainer import Trainer
+from controlnet import build, config
+from controlnet.data import build_loader
+from controlnet.distributed import RankError, StopRequest, World, start
+from controlnet.trainer import Trainer
 
 logger = logging.getLogger("controlnet")
 

@@ -18,14 +18,14 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from . import training_state
-from .config import ConfigError
-from .diffusion import ControlledUNet, DiffusionLoss, NoiseSchedule
-from .distributed import Stopped, StopRequest, World
-from .metrics import Reporter, control_sensitivity
-from .optim import ExponentialAverage, LearningRate, build_optimizer
-from .randomness import RandomStreams
-from .validation import draw_grid
+from controlnet import training_state
+from controlnet.config import ConfigError
+from controlnet.diffusion import ControlledUNet, DiffusionLoss, NoiseSchedule
+from controlnet.distributed import Stopped, StopRequest, World
+from controlnet.metrics import Reporter, control_sensitivity
+from controlnet.optim import ExponentialAverage, LearningRate, build_optimizer
+from controlnet.randomness import RandomStreams
+from controlnet.validation import draw_grid
 
 logger = logging.getLogger(__name__)
 

@@ -32,13 +32,13 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .checkpoints import CheckpointError
-from .config import ConfigError
-from .diffusion import ControlledUNet
-from .optim import trainable_tensors
+from controlnet.checkpoints import CheckpointError
+from controlnet.config import ConfigError
+from controlnet.diffusion import ControlledUNet
+from controlnet.optim import trainable_tensors
 
 if TYPE_CHECKING:
-    from .trainer import Trainer
+    from controlnet.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

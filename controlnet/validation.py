@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .diffusion import ControlledUNet, NoiseSchedule
-from .distributed import Stopped, StopRequest, World
-from .images import fault, grid, to_uint8
-from .sampling import ddim
+from controlnet.diffusion import ControlledUNet, NoiseSchedule
+from controlnet.distributed import Stopped, StopRequest, World
+from controlnet.images import fault, grid, to_uint8
+from controlnet.sampling import ddim
 
 
 def _until_stopped(order: Sequence[int], world: World, stop: StopRequest) -> Iterator[int]:

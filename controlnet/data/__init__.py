@@ -3,7 +3,7 @@
 `shards` finds the shards and the samples in them, `samples` decodes one sample, `loader` orders and batches them.
 """
 
-from .loader import ShardLoader, build_loader
-from .shards import DataError
+from controlnet.data.loader import ShardLoader, build_loader
+from controlnet.data.shards import DataError
 
 __all__ = ["DataError", "ShardLoader", "build_loader"]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from .samples import IMAGE_FORMATS, Resolution, Transform
-from .shards import DataError, Drop, index_shard, list_shards
-from .stream import Cursor, Message, Plan, WorkerStream
+from controlnet.data.samples import IMAGE_FORMATS, Resolution, Transform
+from controlnet.data.shards import DataError, Drop, index_shard, list_shards
+from controlnet.data.stream import Cursor, Message, Plan, WorkerStream
 
 DEFAULT_EXTENSIONS = {"image": "jpg", "caption": "txt", "hint": "png"}
 DEFAULT_MAX_BAD_FRACTION = 0.05

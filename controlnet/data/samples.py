@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from .shards import DataError, Sample
+from controlnet.data.shards import DataError, Sample
 
 # Only these are ever decoded, each by its own decoder of Pillow.
 IMAGE_FORMATS = {

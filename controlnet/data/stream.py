@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .samples import BadSample, Resolution, Transform, read_sample
-from .shards import DataError, Drop, Sample, index_shard
+from controlnet.data.samples import BadSample, Resolution, Transform, read_sample
+from controlnet.data.shards import DataError, Drop, Sample, index_shard
 
 FEWEST_TO_JUDGE = 100  # below this many samples, a bad fraction is taken of this many
 

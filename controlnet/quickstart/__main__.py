@@ -21,14 +21,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import build, config, train, training_state
-from ..diffusion import NoiseSchedule
-from ..images import grid, to_uint8
-from ..sampling import ddim
-from .make_base import BASE, CONFIG
-from .plot import loss_curve
-from .scenes import caption_score, control_score
-from .shards import Scenes, held_out, write_shards
+from controlnet import build, config, train, training_state
+from controlnet.diffusion import NoiseSchedule
+from controlnet.images import grid, to_uint8
+from controlnet.quickstart.make_base import BASE, CONFIG
+from controlnet.quickstart.plot import loss_curve
+from controlnet.quickstart.scenes import caption_score, control_score
+from controlnet.quickstart.shards import Scenes, held_out, write_shards
+from controlnet.sampling import ddim
 
 logger = logging.getLogger("controlnet")
 

@@ -18,13 +18,13 @@ from omegaconf import DictConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .. import build, config
-from ..conditioning import Conditioning
-from ..diffusion import NoiseSchedule
-from ..optim import ExponentialAverage, LearningRate, build_optimizer
-from ..randomness import RandomStreams
-from ..unet import UNet
-from .scenes import scene
+from controlnet import build, config
+from controlnet.conditioning import Conditioning
+from controlnet.diffusion import NoiseSchedule
+from controlnet.optim import ExponentialAverage, LearningRate, build_optimizer
+from controlnet.quickstart.scenes import scene
+from controlnet.randomness import RandomStreams
+from controlnet.unet import UNet
 
 logger = logging.getLogger("controlnet")
 

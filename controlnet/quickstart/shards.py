@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .scenes import HINT_COLOURS, scene
+from controlnet.quickstart.scenes import HINT_COLOURS, scene
 
 TRAINING_SEED, HELD_OUT_SEED = 0, 10_000
 

@@ -1,5 +1,9 @@
 """What only the Triton kernels of attention have: column blocks, tiles of keys, each GPU's launches, tensors' edges."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -147,3 +151,16 @@ def test_nothing_is_written_outside(shape):
     with cnkernels.backend("triton"), guarded_empty():
         results = harness.run(fused(), tensors, upstream)
     assert all(result.isfinite().all() for result in results)
+
+
+def test_one_binary_serves_every_size_scale_and_layout():
+    """In a process of its own: interpreted kernels are never compiled."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.cnkernels.attention_binaries"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    first, *others, text, more_text = (line.split() for line in done.stdout.splitlines())
+    assert first == ["_attention_fwd_kernel", "_attention_bwd_query_kernel", "_attention_bwd_key_kernel"]
+    assert others == [[], []]
+    assert text == ["_attention_fwd_single_kernel", "_attention_bwd_key_kernel", "_attention_bwd_sum_kernel"]
+    assert more_text == []

@@ -149,7 +149,15 @@ void bind_attention(py::module_& module) {
 // The kernels of the next calls may touch these (address, bytes) and nothing else.
 void watch(const std::vector<std::pair<uintptr_t, size_t>>& tensors) {
   host::extents().clear();
+  host::launches().clear();
   for (const auto& [address, bytes] : tensors) host::extents().push_back({address, address + bytes});
+}
+
+// (op, blocks, threads, dynamic shared memory, cluster) of every launch since watch().
+py::list launches() {
+  py::list list;
+  for (const auto& l : host::launches()) list.append(py::make_tuple(l.name, l.blocks, l.threads, l.shared_bytes, l.cluster));
+  return list;
 }
 #endif
 
@@ -166,6 +174,7 @@ PYBIND11_MODULE(CNK_MODULE, module) {
   bind_attention(module);
 #ifdef CNK_HOST
   module.def("watch", &watch);
+  module.def("launches", &launches);
 #else
   module.attr("architectures") = CNK_ARCHITECTURES;
 #endif

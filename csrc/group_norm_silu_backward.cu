@@ -206,7 +206,7 @@ __device__ __forceinline__ void apply(const Backward<T>& call, const S& slab, co
 constexpr int kMaxThreads = 256;
 
 template <class S, class T = typename S::Element>
-__global__ void __launch_bounds__(kMaxThreads) group_norm_silu_bwd_sums_kernel(const __grid_constant__ Backward<T> call) {
+__global__ void __launch_bounds__(kMaxThreads, S::kVector == 1 ? 2 : 1) group_norm_silu_bwd_sums_kernel(const __grid_constant__ Backward<T> call) {
   Arena arena;
   const S slab(call.cut);
   const Notes<S> notes(arena, call.cut);
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kMaxThreads) group_norm_silu_bwd_sums_kernel(c
 }
 
 template <class S, class T = typename S::Element>
-__global__ void __launch_bounds__(kMaxThreads) group_norm_silu_bwd_apply_kernel(const __grid_constant__ Backward<T> call) {
+__global__ void __launch_bounds__(kMaxThreads, S::kVector == 1 ? 2 : 1) group_norm_silu_bwd_apply_kernel(const __grid_constant__ Backward<T> call) {
   Arena arena;
   const S slab(call.cut);
   const Notes<S> notes(arena, call.cut);
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kMaxThreads) group_norm_silu_bwd_apply_kernel(
 }
 
 template <class S, class T = typename S::Element>
-__global__ void __launch_bounds__(kMaxThreads) group_norm_silu_bwd_cluster_kernel(const __grid_constant__ Backward<T> call) {
+__global__ void __launch_bounds__(kMaxThreads, S::kVector == 1 ? 2 : 1) group_norm_silu_bwd_cluster_kernel(const __grid_constant__ Backward<T> call) {
 #if CNK_HAS_CLUSTERS
   Arena arena;
   const S slab(call.cut);

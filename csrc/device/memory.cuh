@@ -75,6 +75,14 @@ struct Mutable<const T> {
   using type = T;
 };
 
+// One access of the whole word. It must be read as a word before it is taken apart: a memcpy from memory is compiled to
+// loads of single bytes.
+template <class W>
+__device__ __forceinline__ W read_word(const void* from) {
+  const W word = *static_cast<const W*>(from);
+  return word;
+}
+
 template <class T>
 template <int N>
 __device__ __forceinline__ auto Global<T>::load_vec(int64_t i) const {
@@ -82,7 +90,7 @@ __device__ __forceinline__ auto Global<T>::load_vec(int64_t i) const {
 #ifdef CNK_HOST
   host::team().check_global(pointer + i, sizeof(V), sizeof(V), "a vector read");
 #endif
-  return bit_cast<V>(*reinterpret_cast<const typename Word<sizeof(V)>::type*>(pointer + i));
+  return bit_cast<V>(read_word<typename Word<sizeof(V)>::type>(pointer + i));
 }
 
 template <class T>
@@ -151,7 +159,7 @@ struct Shared {
   template <int N>
   __device__ __forceinline__ Vec<T, N> load_vec(int i) const {
     using V = Vec<T, N>;
-    return bit_cast<V>(*reinterpret_cast<const typename Word<sizeof(V)>::type*>(pointer + i));
+    return bit_cast<V>(read_word<typename Word<sizeof(V)>::type>(pointer + i));
   }
 
   template <int N>

@@ -262,9 +262,16 @@ inline Team*& current_team() {
 
 inline Team& team() { return *current_team(); }
 
+// What has been launched since the list was last cleared.
+inline std::vector<Launch>& launches() {
+  static std::vector<Launch> list;
+  return list;
+}
+
 // Blocks run one cluster after another, in order.
 inline void run_grid(const Launch& launch, const std::function<void()>& kernel) {
   static Fibers fibers;
+  launches().push_back(launch);
   const std::string prefix = std::string(launch.name) + ": ";
   if (launch.threads % 32) throw Fault(prefix + "a block that is not whole warps");
   if (launch.blocks % launch.cluster) throw Fault(prefix + "a grid that is not whole clusters");

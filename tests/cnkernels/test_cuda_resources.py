@@ -1,0 +1,174 @@
+"""Every CUDA kernel compiled for sm_80 and sm_90a: no spills, shared memory in limits, tensor cores, 16-byte loads."""
+
+import hashlib
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from cnkernels import extension
+from cnkernels.attention import cuda_kernels as attention
+from cnkernels.zero_conv_add import cuda_kernels as zero_conv_add
+from tests.cnkernels import host_build
+
+BUILD = host_build.csrc_build()
+ARCHS = ("80", "90a")
+STATIC_LIMIT = 48 * 1024
+SMALL_GPU_LIMIT = 99 * 1024  # dynamic, of sm_86, sm_89 and sm_120, where the portable kernels are to run too
+
+
+def cuobjdump() -> str | None:
+    """The disassembler of the toolkit, or the one that Triton brings."""
+    import triton
+
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return shutil.which("cuobjdump") or (str(bundled) if bundled.exists() else None)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str  # mangled
+    arch: str
+    registers: int
+    stack: int
+    spills: int  # bytes stored and loaded
+    static_shared: int
+    sass: str
+
+
+def compile_source(source: Path, folder: Path) -> list[Kernel]:
+    fatbin = folder / f"{source.stem}.fatbin"
+    log, sass = fatbin.with_suffix(".log"), fatbin.with_suffix(".sass")
+    if not sass.exists():
+        flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+        command = [BUILD.nvcc(), "-std=c++17", "-O3", "-Xptxas", "-v", *flags, "-fatbin", source, "-o", fatbin]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, BUILD.first_error(done.stdout + done.stderr)
+        log.write_text(done.stdout + done.stderr)
+        sass.write_text(subprocess.run([cuobjdump(), "-sass", fatbin], capture_output=True, text=True).stdout)
+    return list(parse(log.read_text(), sass.read_text()))
+
+
+def parse(log: str, sass: str):
+    code = {}
+    for image in re.split(r"(?=\barch = sm_)", sass):
+        arch = re.match(r"arch = sm_(\w+)", image)
+        for function in re.split(r"(?=\bFunction : )", image)[1:]:
+            code[arch[1], re.match(r"Function : (\S+)", function)[1]] = function
+    for name, arch, figures in re.findall(r"Compiling entry function '(\S+)' for 'sm_(\w+)'(.*?Used .*?)\n", log, re.S):
+
+        def figure(pattern, figures=figures):
+            return sum(int(n) for n in re.findall(pattern, figures))
+
+        yield Kernel(
+            name,
+            arch,
+            figure(r"Used (\d+) registers"),
+            figure(r"(\d+) bytes stack frame"),
+            figure(r"(\d+) bytes spill"),
+            figure(r"(\d+) bytes smem"),
+            code[arch, name],
+        )
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[Kernel]:
+    if BUILD.nvcc() is None or cuobjdump() is None:
+        pytest.skip("needs nvcc and cuobjdump")
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(BUILD.CSRC.rglob("*.cu*")))).hexdigest()[:16]
+    folder = host_build.ROOT / "build" / "resources" / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(2) as pool:
+        return [k for found in pool.map(lambda source: compile_source(source, folder), BUILD.KERNELS) for k in found]
+
+
+def faults(kernel: Kernel) -> list[str]:
+    """What is wrong with a kernel, in words."""
+    name, found = kernel.name, []
+    if kernel.spills:
+        found.append(f"spills {kernel.spills} bytes")
+    if kernel.stack:
+        found.append(f"has {kernel.stack} bytes of local memory")
+    if kernel.static_shared > STATIC_LIMIT:
+        found.append(f"takes {kernel.static_shared} bytes of static shared memory")
+    if "_cluster_kernel" in name and kernel.arch == "80":
+        return found  # sm_80 has no clusters: an empty body
+    half = "f16E" in name  # of bf16 too
+    multiplies = re.search(r"attention_(fwd|bwd_d)|zero_conv_add_(fwd|bwd_dx|bwd_dweight)_kernel", name)
+    if multiplies and half and "HMMA" not in kernel.sass:
+        found.append("multiplies without tensor cores")
+    if multiplies and not re.search(r"LDGSTS\.E\.\S*128", kernel.sass):
+        found.append("copies in less than 16 bytes")
+    vector = re.search(r"4SlabI(?:f|NS_\d+b?f16E)Lb[01]ELi(\d+)E", name)
+    if vector and vector[1] != "1":
+        if not re.search(r"LDG\.E\.\S*128", kernel.sass):
+            found.append("loads in less than 16 bytes")
+        if re.search("_(apply|cluster)_kernel", name) and not re.search(r"STG\.E\.\S*128", kernel.sass):
+            found.append("stores in less than 16 bytes")
+    return found
+
+
+def test_no_kernel_has_a_fault(kernels):
+    found = {f"sm_{k.arch} {k.name}": faults(k) for k in kernels if faults(k)}
+    assert not found, "\n".join(f"{name}: {', '.join(what)}" for name, what in found.items())
+
+
+def test_every_kernel_is_there(kernels):
+    """The count that dtypes, formats, vector widths and head dimensions make, for both architectures."""
+    for arch in ARCHS:
+        names = [k.name for k in kernels if k.arch == arch]
+        assert sum("group_norm_silu_fwd" in n for n in names) == 30  # 3 dtypes x 2 formats x (2 widths x 2 + cluster)
+        assert sum("group_norm_silu_bwd" in n for n in names) == 36  # the same and two sums per dtype
+        assert sum("zero_conv_add_fwd" in n for n in names) == 6  # 3 dtypes x 2 formats
+        assert sum("zero_conv_add_bwd_d" in n for n in names) == 18  # the products, dbias and dscale
+        assert sum("attention_fwd" in n for n in names) == 10  # 2 dtypes x 5 head dimensions
+        assert sum("attention_bwd" in n for n in names) == 10 * 4 + 6  # delta, dq, dk, dv; dk with dv up to 80
+
+
+def test_the_rules_see_a_fault(kernels):
+    """Each rule, on a kernel doctored to break it."""
+    good = next(k for k in kernels if "attention_fwd" in k.name)
+    assert not faults(good)
+    doctored = {
+        "spills 8 bytes": {"spills": 8},
+        "has 16 bytes of local memory": {"stack": 16},
+        "takes 65536 bytes of static shared memory": {"static_shared": 65536},
+        "multiplies without tensor cores": {"sass": good.sass.replace("HMMA", "FFMA")},
+        "copies in less than 16 bytes": {"sass": re.sub(r"LDGSTS\S*", "LDGSTS.E", good.sass)},
+    }
+    for fault, change in doctored.items():
+        assert fault in faults(Kernel(**{**vars(good), **change}))
+    apply = next(k for k in kernels if "fwd_apply_kernel" in k.name and "Li8E" in k.name)
+    narrow = re.sub(r"(LDG|STG)\.E\S*", r"\1.E.U16", apply.sass)
+    found = faults(Kernel(**{**vars(apply), "sass": narrow}))
+    assert found == ["loads in less than 16 bytes", "stores in less than 16 bytes"]
+
+
+@pytest.mark.skipif(host_build.COMPILER is None, reason="needs a C++ compiler")
+def test_dynamic_shared_memory_fits_small_gpus():
+    """Read from the launches themselves, on the largest tiles of each op."""
+    if extension.why_host_absent():
+        extension.load_host(host_build.build())
+    cpu, library = torch.device("cpu"), extension.module_for(torch.device("cpu"))
+    launched = []
+    q = torch.randn(1, 65, 1, 160, dtype=torch.float16, device=cpu)
+    out, lse = attention.attention_fwd(q, q, q, 0.1)
+    launched += library.launches()
+    attention.attention_bwd(out, q, q, q, out, lse, 0.1, (True, True, True))
+    launched += library.launches()
+    for dtype in (torch.float32, torch.float16):
+        x, weight = torch.randn(1, 8, 3, 3).to(dtype), torch.randn(8, 8, 1, 1).to(dtype)
+        y = zero_conv_add.zero_conv_add_fwd(x, weight, None, None, 1.0)
+        launched += library.launches()
+        zero_conv_add.zero_conv_add_bwd(y, x, weight, None, 1.0, (True, True, False, False))
+        launched += library.launches()
+    assert {name for name, *_ in launched} == {
+        "attention_fwd", "attention_bwd", "zero_conv_add_fwd", "zero_conv_add_bwd"
+    }  # fmt: skip
+    for name, _, _, shared, _ in launched:
+        assert shared <= SMALL_GPU_LIMIT, f"{name}: {shared} bytes of shared memory"

@@ -160,8 +160,11 @@ class ShardLoader:
         end = (self.epoch + 1) * self._plan.epoch_batches
         if self._messages is None:
             self._messages = iter(self._loader)
-            # multiprocessing's own exit sends SIGTERM and waits; the workers ignore it and have to be told before.
-            atexit.register(_close, weakref.ref(self))
+            # PyTorch and multiprocessing end workers by SIGTERM where they come too late to tell them, and wait for it.
+            # These ignore it: they are told before the queues are collected, and before the interpreter's own exit.
+            self._end = weakref.finalize(self, _end_workers, self._messages)
+            self._end.atexit = False
+            atexit.register(self._end)
         while self._next < end:
             message = next(self._messages)
             for drop in message.drops:
@@ -174,11 +177,10 @@ class ShardLoader:
 
     def close(self) -> None:
         """Ends the workers. Iterating afterwards goes on after the last batch handed out, with new ones."""
-        shutdown = getattr(self._messages, "_shutdown_workers", None)
-        if shutdown is not None:
-            shutdown()
-        self._messages = None
-        self._loader = self._open()
+        if self._messages is not None:
+            self._end()
+            atexit.unregister(self._end)
+            self._messages, self._loader = None, self._open()
 
     @property
     def epoch(self) -> int:
@@ -225,10 +227,9 @@ class ShardLoader:
         self._drops.add(drop)
 
 
-def _close(loader: weakref.ref[ShardLoader]) -> None:
-    alive = loader()
-    if alive is not None:
-        alive.close()
+def _end_workers(messages: Iterator[Message]) -> None:
+    if hasattr(messages, "_shutdown_workers"):  # there are processes
+        messages._shutdown_workers()
 
 
 def _as_it_is(message: Message) -> Message:

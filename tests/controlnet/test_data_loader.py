@@ -1,5 +1,6 @@
 """The batches of ranks and workers: whole, disjoint, equal in number, in an order that is kept and can be resumed."""
 
+import gc
 import json
 import os
 import signal
@@ -310,6 +311,20 @@ def test_a_closed_loader_goes_on_where_it_stood(tmp_path, num_workers):
         source.close()
         assert not any(worker.is_alive() for worker in workers)
     assert_same(batches, whole)
+
+
+def test_workers_end_with_a_loader_that_only_the_garbage_collector_finds(tmp_path):
+    source = loader(shards(tmp_path, [8, 8]), num_workers=2)
+    take(source, 1)
+    workers = list(source._messages._workers)
+    source.cycle = source
+    del source
+    begin = time.monotonic()
+    gc.collect()
+    for worker in workers:
+        worker.join(20)
+        assert not worker.is_alive()
+    assert time.monotonic() - begin < 4.5  # PyTorch waits 5 s before it resorts to SIGTERM
 
 
 def test_a_process_ends_soon_though_its_workers_ignore_signals(tmp_path):

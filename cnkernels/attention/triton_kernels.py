@@ -197,8 +197,8 @@ def _attention_fwd_single_kernel(
 
 
 def _single_pass(keys: int, head_dim: int, itemsize: int, capability: int) -> bool:
-    """Whether all scores of a row fit a tile: 256 keys, fewer where matrix units read wide heads from registers."""
-    return itemsize == 2 and keys <= 256 and (keys * head_dim <= 128 * 160 or capability in (9, 10))
+    """Whether the keys fit one tile: 256 of 160 columns, half as many where matrix units read registers."""
+    return itemsize == 2 and keys <= 256 and keys * head_dim <= (256 if capability in (9, 10) else 128) * 160
 
 
 def _fwd_config(shape: tuple[int, ...], keys: int, itemsize: int, capability: int) -> Config:

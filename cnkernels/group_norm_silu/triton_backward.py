@@ -521,7 +521,8 @@ def _spans_plan(batch, channels, spatial, groups, itemsize, silu):
         span |= {"chunk_rows": spatial, "chunks": 1, "BLOCK_R": triton.next_power_of_2(spatial), "FUSED": True}
         fused = Launch(_group_norm_silu_spans_bwd_kernel, batch * cut.columns, sizes | span, warps_for(held))
         return fused, None, 1, 1, strides
-    span |= {"chunk_rows": cut.chunk, "chunks": cut.chunks, "BLOCK_R": cut.block, "FUSED": False}
+    block = max(1, cut.block // 2)  # each element has two values to load and three sums
+    span |= {"chunk_rows": cut.chunk, "chunks": cut.chunks, "BLOCK_R": block, "FUSED": False}
     dx = elementwise_columns(batch, channels, spatial, groups)
     dx |= {"partials": cut.partials, "BLOCK_P": triton.next_power_of_2(cut.partials)}
     return (

@@ -214,8 +214,9 @@ def rows(job: Job, device: torch.device, providers: list[str] | None, small: boo
             continue
         row = {"kind": "job", "job": job.name, "shape": job.label, "dtype": str(job.dtype).removeprefix("torch.")}
         row |= {"layout": "channels_last", "provider": name}
-        if device.type != "cuda" and "graph" in how:
-            table.append({**row, "reason": "CUDA graphs need a GPU"})
+        if device.type != "cuda" and how != "eager":
+            reason = "CUDA graphs need a GPU" if "graph" in how else "compiling a whole U-Net for a CPU takes minutes"
+            table.append({**row, "reason": reason})
             continue
         table.append({**row, **_measure(job, build, how, device, params)})
         gc.collect()

@@ -14,10 +14,11 @@ using namespace cnk;
 
 namespace {
 
-// Struct(field=value, ...) in Python; an unknown field is an AttributeError.
+// Struct(field=value, ...) in Python; an unknown field is an AttributeError. Types are local to the module: both builds
+// may be loaded in one process.
 template <class S>
 py::class_<S> bind_struct(py::module_& module, const char* name) {
-  py::class_<S> type(module, name);
+  py::class_<S> type(module, name, py::module_local());
   type.def(py::init([type](const py::kwargs& fields) {
     S value{};
     py::object view = py::cast(&value, py::return_value_policy::reference);
@@ -164,7 +165,7 @@ py::list launches() {
 }  // namespace
 
 PYBIND11_MODULE(CNK_MODULE, module) {
-  py::enum_<Dtype>(module, "Dtype")
+  py::enum_<Dtype>(module, "Dtype", py::module_local())
       .value("float32", Dtype::float32)
       .value("float16", Dtype::float16)
       .value("bfloat16", Dtype::bfloat16);

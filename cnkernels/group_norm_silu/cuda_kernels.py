@@ -123,7 +123,7 @@ def plan(library: ModuleType, x: Tensor, groups: int, shared_bytes, tensors: tup
     )
     slabs = samples * math.ceil(channels / span)
     dtype = extension.dtype_of(library, x)
-    if vectors and _has_clusters(x.device):
+    if vectors and _has_clusters(library, x.device):
         cut.cluster = True
         for size in (1, 2, 4, _MAX_CLUSTER):
             cut.splits = size
@@ -158,9 +158,13 @@ def _threads(span: int, channels_last: bool) -> int:
     return 32 * math.ceil(span / math.ceil(span / warps))
 
 
-def _has_clusters(device: torch.device) -> bool:
-    """sm_90 and later, and the CPU execution, which has the cluster form so that it is tested."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
+def _has_clusters(library: ModuleType, device: torch.device) -> bool:
+    """On sm_90 and later, if compiled for it; and in the CPU execution, so that the cluster form is tested."""
+    if device.type == "cpu":
+        return True
+    major, minor = torch.cuda.get_device_capability(device)
+    compiled = (int(arch.rstrip("af")) for arch in library.architectures.split(";"))
+    return any(90 <= arch <= 10 * major + minor for arch in compiled)
 
 
 def _channels(library: ModuleType, tensor: Tensor | None):

@@ -1,5 +1,7 @@
 """The forms of the CUDA group norm that the shared tests do not choose: every cut into blocks gives the same answer."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -22,7 +24,7 @@ SHAPES = [
 
 def force(monkeypatch, form: str, blocks: int) -> None:
     """Makes the plan take one form, with as many blocks per slab as it may."""
-    monkeypatch.setattr(cuda_kernels, "_has_clusters", lambda device: form == "cluster")
+    monkeypatch.setattr(cuda_kernels, "_has_clusters", lambda library, device: form == "cluster")
     monkeypatch.setattr(extension, "multiprocessors", lambda device: blocks)
 
 
@@ -71,3 +73,13 @@ def test_gradients_nobody_asked_for_are_not_computed(trained):
     need = (not trained, trained, False, False)
     gradients = cuda_kernels.group_norm_silu_bwd(dy, x, 2, weight, bias, mean, rstd, "silu", None, need)
     assert tuple(g is not None for g in gradients) == need
+
+
+@pytest.mark.parametrize(
+    "architectures, capability, expected",
+    [("80;90a", (9, 0), True), ("80;90a", (10, 0), True), ("80", (9, 0), False), ("80;90a", (8, 0), False)],
+)
+def test_clusters_need_a_gpu_and_a_build_that_have_them(monkeypatch, architectures, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    library = SimpleNamespace(architectures=architectures)
+    assert cuda_kernels._has_clusters(library, torch.device("cuda", 0)) == expected

@@ -1,10 +1,12 @@
 """How the extension is built and found: no torch in the build, architectures, the first error, a reason when absent."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from cnkernels import extension
 from tests.cnkernels import host_build
@@ -105,3 +107,18 @@ def test_importing_cnkernels_compiles_nothing():
         [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PATH": "/nowhere"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches on null pointers, which a GPU would execute")
+def test_the_built_extension_needs_neither_torch_nor_a_driver():
+    """One build serves every torch: it loads where torch is blocked, and a refused launch names the op."""
+    module = pytest.importorskip("cnkernels._C")
+    code = (
+        "import importlib.util, sys; sys.modules['torch'] = None; "
+        f"spec = importlib.util.spec_from_file_location('_C', {module.__file__!r}); "
+        "library = importlib.util.module_from_spec(spec); spec.loader.exec_module(library); "
+        "call = library.Attention(batch=1, heads=1, q_length=1, k_length=1, head_dim=40); "
+        "library.attention_fwd(library.Place(), call)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert re.search(r"RuntimeError: attention_fwd: .*(driver|device)", done.stderr), done.stderr

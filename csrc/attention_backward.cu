@@ -14,12 +14,13 @@ namespace {
 
 constexpr const char* kName = "attention_bwd";
 
-// delta as the diagonal of dout out^T, summed by the same instructions in the same order as dP: where a row has one key,
-// out is v and the difference of the two is exactly zero.
+// delta as the diagonal of dout out^T, summed by the same instructions in the same order as dP: where a row has one
+// key, out is v and the difference of the two is exactly zero.
 template <class H, class T = typename H::T>
 __global__ void __launch_bounds__(kThreads) attention_bwd_delta_kernel(const __grid_constant__ Problem<T> problem) {
   Arena arena;
-  const Shared<T> dout = arena.take<T>(kRows * H::kLine, "dout tile"), out = arena.take<T>(kRows * H::kLine, "out tile");
+  const Shared<T> dout = arena.take<T>(kRows * H::kLine, "dout tile"),
+                  out = arena.take<T>(kRows * H::kLine, "out tile");
   const BlockOf block(problem.heads, problem.q_length);
   load_rows<H, kRows>(dout, problem.dout, block, block.first, problem.q_length);
   load_rows<H, kRows>(out, problem.out, block, block.first, problem.q_length);
@@ -36,7 +37,8 @@ __global__ void __launch_bounds__(kThreads) attention_bwd_delta_kernel(const __g
   if (high < problem.q_length) problem.delta.store(first + high, row % 2 ? c[1][3] : c[1][2]);
 }
 
-// What a kernel holds, and what it walks over in two stages: tiles of two tensors, and with q and dout their rows' numbers.
+// What a kernel holds, and what it walks over in two stages: tiles of two tensors, and with q and dout their rows'
+// numbers.
 template <class H, class T = typename H::T>
 struct Workspace {
   static constexpr int kHeld = kRows * H::kLine, kWalked = H::kWalk * H::kLine;
@@ -52,7 +54,9 @@ struct Workspace {
   __device__ __forceinline__ Shared<T> walked(int stage, int i) const {
     return walked_tiles.slice((stage * 2 + i) * kWalked, kWalked);
   }
-  __device__ __forceinline__ Shared<float> lse(int stage) const { return numbers.slice(stage * 2 * H::kWalk, H::kWalk); }
+  __device__ __forceinline__ Shared<float> lse(int stage) const {
+    return numbers.slice(stage * 2 * H::kWalk, H::kWalk);
+  }
   __device__ __forceinline__ Shared<float> delta(int stage) const {
     return numbers.slice((stage * 2 + 1) * H::kWalk, H::kWalk);
   }

@@ -1,7 +1,8 @@
 // What the attention kernels share: tiles of rows of heads in shared memory, products on fragments, head dimensions.
 //
-// Every kernel has four warps, each with 16 rows of its block's tile of 64. A head dimension D takes exactly D columns in
-// the products that give D numbers, and D rounded up to 16 in those that sum over D, the rest being zeros in shared memory.
+// Every kernel has four warps, each with 16 rows of its block's tile of 64. A head dimension D takes exactly D columns
+// in the products that give D numbers, and D rounded up to 16 in those that sum over D, the rest being zeros in shared
+// memory.
 #pragma once
 #include <stdexcept>
 
@@ -21,8 +22,8 @@ struct Head {
   using T = Type;
   static constexpr int D = HEAD_DIM;
   static constexpr int kDepth = (D + 15) / 16 * 16;
-  static constexpr int kLine = kDepth + 8;           // an odd multiple of 16 bytes
-  static constexpr int kWalk = D > 80 ? 32 : 64;     // what fits in registers beside the accumulators
+  static constexpr int kLine = kDepth + 8;        // an odd multiple of 16 bytes
+  static constexpr int kWalk = D > 80 ? 32 : 64;  // what fits in registers beside the accumulators
 };
 
 // A tensor [batch, length, heads, D] as one kernel reads or writes it.
@@ -53,15 +54,25 @@ struct Problem {
   float scale;
 
   explicit Problem(const Attention& call)
-      : q(call.q), k(call.k), v(call.v), out(call.out), dout(call.dout),
-        write_out(call.out), dq(call.dq), dk(call.dk), dv(call.dv),
+      : q(call.q),
+        k(call.k),
+        v(call.v),
+        out(call.out),
+        dout(call.dout),
+        write_out(call.out),
+        dq(call.dq),
+        dk(call.dk),
+        dv(call.dv),
         lse{reinterpret_cast<float*>(call.lse)},
         delta{reinterpret_cast<float*>(call.delta)},
-        heads(call.heads), q_length(call.q_length), k_length(call.k_length),
+        heads(call.heads),
+        q_length(call.q_length),
+        k_length(call.k_length),
         scale(call.scale) {}
 };
 
-// Which rows of which head a block works on; tiles of a head are neighbours, so that they share k and v in the L2 cache.
+// Which rows of which head a block works on; tiles of a head are neighbours, so that they share k and v in the L2
+// cache.
 struct BlockOf {
   int64_t batch, head, first;
   __device__ __forceinline__ BlockOf(int64_t heads, int64_t length) {
@@ -74,10 +85,10 @@ struct BlockOf {
 };
 
 template <class H, int ROWS, class T = typename H::T>
-__device__ __forceinline__ void load_rows(Shared<T> tile, const Rows<const T>& rows, const BlockOf& block, int64_t first,
-                                          int64_t length) {
-  load_tile<ROWS, H::kDepth, kThreads>(tile, H::kLine, rows.at(block.batch, block.head, first), rows.row, length - first,
-                                       H::D, rows.vectors);
+__device__ __forceinline__ void load_rows(Shared<T> tile, const Rows<const T>& rows, const BlockOf& block,
+                                          int64_t first, int64_t length) {
+  load_tile<ROWS, H::kDepth, kThreads>(tile, H::kLine, rows.at(block.batch, block.head, first), rows.row,
+                                       length - first, H::D, rows.vectors);
 }
 
 // c[16][COLUMNS] += a[16 rows from row0][depth] * b[COLUMNS][depth]^T, both tiles along depth.
@@ -102,7 +113,7 @@ template <class H, int COUNT, class T = typename H::T>
 __device__ __forceinline__ void multiply_rows(float (&c)[H::D / 8][4], const float (&a)[COUNT / 8][4], Shared<T> b) {
 #pragma unroll
   for (int k = 0; k < COUNT; k += 16) {
-    const float(&low)[4] = a[k / 8], (&high)[4] = a[k / 8 + 1];
+    const float (&low)[4] = a[k / 8], (&high)[4] = a[k / 8 + 1];
     const uint32_t left[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]), pack<T>(high[0], high[1]),
                               pack<T>(high[2], high[3])};
 #pragma unroll
@@ -120,8 +131,8 @@ __device__ __forceinline__ void multiply_rows(float (&c)[H::D / 8][4], const flo
   }
 }
 
-// Writes this warp's 16 rows of accumulators through its rows of `tile`, in vectors where the tensor allows it. The tile
-// must be done with by every lane of the warp.
+// Writes this warp's 16 rows of accumulators through its rows of `tile`, in vectors where the tensor allows it. The
+// tile must be done with by every lane of the warp.
 template <class H, class T = typename H::T>
 __device__ __forceinline__ void store_rows(const Rows<T>& rows, const BlockOf& block, int64_t length, Shared<T> tile,
                                            const float (&c)[H::D / 8][4]) {
@@ -141,7 +152,8 @@ __device__ __forceinline__ void store_rows(const Rows<T>& rows, const BlockOf& b
     if (block.first + row >= length) continue;
     const auto piece = tile.template load_vec<8>(row * H::kLine + column);
     const Global<T> to = rows.at(block.batch, block.head, block.first + row);
-    if (rows.vectors) to.template store_vec<8>(column, piece);
+    if (rows.vectors)
+      to.template store_vec<8>(column, piece);
     else
       for (int i = 0; i < 8; ++i) to.store(column + i, piece[i]);
   }
@@ -149,20 +161,29 @@ __device__ __forceinline__ void store_rows(const Rows<T>& rows, const BlockOf& b
 
 template <class T, class Run>
 void with_head_dim(const char* name, int head_dim, const Run& run) {
-  if (head_dim == 40) run(Head<T, 40>{});
-  else if (head_dim == 64) run(Head<T, 64>{});
-  else if (head_dim == 80) run(Head<T, 80>{});
-  else if (head_dim == 128) run(Head<T, 128>{});
-  else if (head_dim == 160) run(Head<T, 160>{});
-  else throw std::runtime_error(std::string(name) + ": no kernel for head dimension " + std::to_string(head_dim));
+  if (head_dim == 40)
+    run(Head<T, 40>{});
+  else if (head_dim == 64)
+    run(Head<T, 64>{});
+  else if (head_dim == 80)
+    run(Head<T, 80>{});
+  else if (head_dim == 128)
+    run(Head<T, 128>{});
+  else if (head_dim == 160)
+    run(Head<T, 160>{});
+  else
+    throw std::runtime_error(std::string(name) + ": no kernel for head dimension " + std::to_string(head_dim));
 }
 
 // run(Head<T, D>{}) for the dtype and head dimension of a call.
 template <class Run>
 void with_head(const char* name, const Attention& call, const Run& run) {
-  if (call.dtype == Dtype::float16) with_head_dim<f16>(name, call.head_dim, run);
-  else if (call.dtype == Dtype::bfloat16) with_head_dim<bf16>(name, call.head_dim, run);
-  else throw std::runtime_error(std::string(name) + ": no kernel for float32");
+  if (call.dtype == Dtype::float16)
+    with_head_dim<f16>(name, call.head_dim, run);
+  else if (call.dtype == Dtype::bfloat16)
+    with_head_dim<bf16>(name, call.head_dim, run);
+  else
+    throw std::runtime_error(std::string(name) + ": no kernel for float32");
 }
 
 inline int64_t blocks(const Attention& call, int64_t length) {

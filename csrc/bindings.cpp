@@ -1,5 +1,6 @@
-// The Python module: plain structs of addresses and sizes in, launches out. No PyTorch header, hence one build for every
-// version of it. The same file makes cnkernels._C (nvcc) and the CPU execution that the tests load (g++, CNK_HOST).
+// The Python module: plain structs of addresses and sizes in, launches out. No PyTorch header, hence one build for
+// every version of it. The same file makes cnkernels._C (nvcc) and the CPU execution that the tests load (g++,
+// CNK_HOST).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -157,7 +158,8 @@ void watch(const std::vector<std::pair<uintptr_t, size_t>>& tensors) {
 // (op, blocks, threads, dynamic shared memory, cluster) of every launch since watch().
 py::list launches() {
   py::list list;
-  for (const auto& l : host::launches()) list.append(py::make_tuple(l.name, l.blocks, l.threads, l.shared_bytes, l.cluster));
+  for (const auto& l : host::launches())
+    list.append(py::make_tuple(l.name, l.blocks, l.threads, l.shared_bytes, l.cluster));
   return list;
 }
 #endif

@@ -176,7 +176,8 @@ __device__ __forceinline__ void take_moments(const Forward<T>& call, const S& sl
   for_each_group(call.cut, slab.span, [&](int group, int lane) {
     const int size = call.cut.group_size, first = group * size;
     const Moments all = merge_parts(
-        first + lane, first + size, 32, notes.channel_mean.load(first), divide_approx(per_count, static_cast<float>(size)),
+        first + lane, first + size, 32, notes.channel_mean.load(first),
+        divide_approx(per_count, static_cast<float>(size)),
         [&](int c) { return Moments{notes.channel_mean.load(c), notes.channel_m2.load(c)}; },
         [&](int) { return count; }, warp_sum);
     if (lane == 0) notes.partial.template store_vec<2>(group * 2, {{all.mean, all.m2}});
@@ -243,7 +244,8 @@ __device__ __forceinline__ void apply(const Forward<T>& call, const S& slab, con
 constexpr int kMaxThreads = 256;
 
 template <class S, class T = typename S::Element>
-__global__ void __launch_bounds__(kMaxThreads, 2) group_norm_silu_fwd_moments_kernel(const __grid_constant__ Forward<T> call) {
+__global__ void __launch_bounds__(kMaxThreads, 2)
+    group_norm_silu_fwd_moments_kernel(const __grid_constant__ Forward<T> call) {
   Arena arena;
   const S slab(call.cut);
   const Notes<S> notes(arena, call.cut);
@@ -256,7 +258,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) group_norm_silu_fwd_moments_ke
 }
 
 template <class S, class T = typename S::Element>
-__global__ void __launch_bounds__(kMaxThreads, 2) group_norm_silu_fwd_apply_kernel(const __grid_constant__ Forward<T> call) {
+__global__ void __launch_bounds__(kMaxThreads, 2)
+    group_norm_silu_fwd_apply_kernel(const __grid_constant__ Forward<T> call) {
   Arena arena;
   const S slab(call.cut);
   const Notes<S> notes(arena, call.cut);
@@ -269,7 +272,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) group_norm_silu_fwd_apply_kern
 }
 
 template <class S, class T = typename S::Element>
-__global__ void __launch_bounds__(kMaxThreads, 2) group_norm_silu_fwd_cluster_kernel(const __grid_constant__ Forward<T> call) {
+__global__ void __launch_bounds__(kMaxThreads, 2)
+    group_norm_silu_fwd_cluster_kernel(const __grid_constant__ Forward<T> call) {
 #if CNK_HAS_CLUSTERS
   Arena arena;
   const S slab(call.cut);
@@ -283,9 +287,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) group_norm_silu_fwd_cluster_ke
     next += step;
   });
   sync_cluster();
-  merge_moments(call, slab, notes, [&](int group, int split) {
-    return notes.partial.at_rank(split).template load_vec<2>(group * 2);
-  });
+  merge_moments(call, slab, notes,
+                [&](int group, int split) { return notes.partial.at_rank(split).template load_vec<2>(group * 2); });
   sync_cluster();  // also: no block leaves while another reads its moments
   next = threadIdx.x * S::kVector;
   apply(call, slab, notes, [&](int64_t) {

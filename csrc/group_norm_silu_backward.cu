@@ -1,5 +1,6 @@
 // group_norm_silu backward. With n = (x + addend - mean) * rstd, z = n * weight + bias and dz = dy * silu'(z),
-//   dx = rstd * (weight * dz - (C2 + n * C1) / M),   C1 = sum(weight * dz * n), C2 = sum(weight * dz)  over a group of M.
+//   dx = rstd * (weight * dz - (C2 + n * C1) / M),   C1 = sum(weight * dz * n), C2 = sum(weight * dz)  over a group of
+//   M.
 //
 // Per channel and chunk the kernels take A = sum(dz), B = sum(dz * n) and D = sum(n). C1 and C2 follow from A and B;
 // dweight, dbias and daddend are folded from A, B and D over chunks and samples in a fixed order by a small launch of
@@ -19,10 +20,10 @@ struct Backward {
   Global<T> dx;
   PerChannel<T> weight, bias, addend;  // [C], [C], [N, C]
   PerChannelOut<T> dweight, dbias, daddend;
-  Global<const float> mean, rstd;   // [N, G]
-  Global<float> partial;            // [N, G, splits, 2]: C1 and C2 of one chunk
-  Global<float> group_sums;         // [N, G, 2]: C1 and C2
-  Global<float> channel_partial;    // [N, splits, 3, C]: A, B, D
+  Global<const float> mean, rstd;  // [N, G]
+  Global<float> partial;           // [N, G, splits, 2]: C1 and C2 of one chunk
+  Global<float> group_sums;        // [N, G, 2]: C1 and C2
+  Global<float> channel_partial;   // [N, splits, 3, C]: A, B, D
   bool silu;
 
   explicit Backward(const GroupNormBackward& call)
@@ -126,7 +127,7 @@ __device__ __forceinline__ void take_sums(const Backward<T>& call, const S& slab
             }
           });
     }
-    fold_column<3>(slab, column, sums, notes.scratch, [&](int channel, const float(&total)[3]) {
+    fold_column<3>(slab, column, sums, notes.scratch, [&](int channel, const float (&total)[3]) {
       const int64_t at = slab.first_channel + channel;
       const float weight = call.weight.load(at, 1.0f);
       notes.channel_c1.store(channel, weight * total[1]);
@@ -206,7 +207,8 @@ __device__ __forceinline__ void apply(const Backward<T>& call, const S& slab, co
 constexpr int kMaxThreads = 256;
 
 template <class S, class T = typename S::Element>
-__global__ void __launch_bounds__(kMaxThreads, S::kVector == 1 ? 2 : 1) group_norm_silu_bwd_sums_kernel(const __grid_constant__ Backward<T> call) {
+__global__ void __launch_bounds__(kMaxThreads, S::kVector == 1 ? 2 : 1)
+    group_norm_silu_bwd_sums_kernel(const __grid_constant__ Backward<T> call) {
   Arena arena;
   const S slab(call.cut);
   const Notes<S> notes(arena, call.cut);
@@ -218,7 +220,8 @@ __global__ void __launch_bounds__(kMaxThreads, S::kVector == 1 ? 2 : 1) group_no
 }
 
 template <class S, class T = typename S::Element>
-__global__ void __launch_bounds__(kMaxThreads, S::kVector == 1 ? 2 : 1) group_norm_silu_bwd_apply_kernel(const __grid_constant__ Backward<T> call) {
+__global__ void __launch_bounds__(kMaxThreads, S::kVector == 1 ? 2 : 1)
+    group_norm_silu_bwd_apply_kernel(const __grid_constant__ Backward<T> call) {
   Arena arena;
   const S slab(call.cut);
   const Notes<S> notes(arena, call.cut);
@@ -233,7 +236,8 @@ __global__ void __launch_bounds__(kMaxThreads, S::kVector == 1 ? 2 : 1) group_no
 }
 
 template <class S, class T = typename S::Element>
-__global__ void __launch_bounds__(kMaxThreads, S::kVector == 1 ? 2 : 1) group_norm_silu_bwd_cluster_kernel(const __grid_constant__ Backward<T> call) {
+__global__ void __launch_bounds__(kMaxThreads, S::kVector == 1 ? 2 : 1)
+    group_norm_silu_bwd_cluster_kernel(const __grid_constant__ Backward<T> call) {
 #if CNK_HAS_CLUSTERS
   Arena arena;
   const S slab(call.cut);
@@ -249,9 +253,8 @@ __global__ void __launch_bounds__(kMaxThreads, S::kVector == 1 ? 2 : 1) group_no
     next += step;
   });
   sync_cluster();
-  merge_sums(call, slab, notes, [&](int group, int split) {
-    return notes.partial.at_rank(split).template load_vec<2>(group * 2);
-  });
+  merge_sums(call, slab, notes,
+             [&](int group, int split) { return notes.partial.at_rank(split).template load_vec<2>(group * 2); });
   sync_cluster();  // also: no block leaves while another reads its sums
   if (!call.dx) return;
   next = threadIdx.x * S::kVector;
@@ -267,7 +270,8 @@ __global__ void __launch_bounds__(kMaxThreads, S::kVector == 1 ? 2 : 1) group_no
 constexpr int kFoldThreads = 256, kFoldLanes = kFoldThreads / 32;
 
 template <class T>
-__global__ void __launch_bounds__(kFoldThreads) group_norm_silu_bwd_weights_kernel(const __grid_constant__ Backward<T> call) {
+__global__ void __launch_bounds__(kFoldThreads)
+    group_norm_silu_bwd_weights_kernel(const __grid_constant__ Backward<T> call) {
   CNK_STATIC_SHARED(float, lane_sums, 2 * kFoldThreads);
   const int64_t channels = call.cut.channels, channel = blockIdx.x * int64_t{32} + threadIdx.x % 32;
   const int lane = threadIdx.x / 32;
@@ -291,7 +295,8 @@ __global__ void __launch_bounds__(kFoldThreads) group_norm_silu_bwd_weights_kern
 
 // daddend[n, c], the sum of dx over the positions: rstd * (weight * A - (positions * C2 + C1 * D) / M).
 template <class T>
-__global__ void __launch_bounds__(kFoldThreads) group_norm_silu_bwd_addend_kernel(const __grid_constant__ Backward<T> call) {
+__global__ void __launch_bounds__(kFoldThreads)
+    group_norm_silu_bwd_addend_kernel(const __grid_constant__ Backward<T> call) {
   const Cut& cut = call.cut;
   const unsigned blocks_per_sample = ceil_div(static_cast<unsigned>(cut.channels), unsigned{kFoldThreads});
   const int64_t sample = blockIdx.x / blocks_per_sample;
@@ -343,7 +348,8 @@ void group_norm_silu_bwd(const Place& place, const GroupNormBackward& call) {
     launch_dx<S>(place, backward, call.dx || call.daddend.address);
     const int64_t channels = call.cut.channels;
     if (call.dweight.address || call.dbias.address)
-      launch(kName, group_norm_silu_bwd_weights_kernel<T>, place, {ceil_div<int64_t>(channels, 32), kFoldThreads}, backward);
+      launch(kName, group_norm_silu_bwd_weights_kernel<T>, place, {ceil_div<int64_t>(channels, 32), kFoldThreads},
+             backward);
     if (call.daddend.address)
       launch(kName, group_norm_silu_bwd_addend_kernel<T>, place,
              {call.cut.samples * ceil_div<int64_t>(channels, kFoldThreads), kFoldThreads}, backward);

@@ -1,8 +1,8 @@
 // How group norm, forward and backward, cuts a tensor into blocks and threads, for both memory formats.
 //
 // A slab is what one block works on: one sample, `span` channels (whole groups), and a chunk of the positions. A column
-// is what one thread walks down: in channels_last the channels of one 16-byte vector, of which neighbouring threads hold
-// neighbours; in the contiguous format one channel, whose positions a warp shares.
+// is what one thread walks down: in channels_last the channels of one 16-byte vector, of which neighbouring threads
+// hold neighbours; in the contiguous format one channel, whose positions a warp shares.
 #pragma once
 #include "device/launch.cuh"
 #include "device/math.cuh"
@@ -31,7 +31,9 @@ struct Cut : GroupNormCut {
   }
   // sum / elements of a group, rounded once.
   __device__ __forceinline__ float per_group(float sum) const { return fmaf(sum, group_scale, sum * group_scale_low); }
-  Shape shape(size_t shared_bytes) const { return {samples * slabs * splits, threads, shared_bytes, cluster ? splits : 1}; }
+  Shape shape(size_t shared_bytes) const {
+    return {samples * slabs * splits, threads, shared_bytes, cluster ? splits : 1};
+  }
 };
 
 // A parameter per channel, in the tensor's dtype or in float32, or absent.
@@ -59,8 +61,10 @@ struct PerChannelOut {
         wide{reinterpret_cast<float*>(tensor.is_float ? tensor.address : 0)} {}
 
   __device__ __forceinline__ void store(int64_t i, float value) const {
-    if (wide) wide.store(i, value);
-    else if (narrow) narrow.store(i, from_float<T>(value));
+    if (wide)
+      wide.store(i, value);
+    else if (narrow)
+      narrow.store(i, from_float<T>(value));
   }
 };
 
@@ -218,17 +222,24 @@ struct Tag {
 template <class T, class Run>
 void with_slab_of(const GroupNormCut& cut, const Run& run) {
   constexpr int kVector = 16 / sizeof(T);
-  if (cut.channels_last && cut.vectors) run(Tag<Slab<T, true, kVector>>{});
-  else if (cut.channels_last) run(Tag<Slab<T, true, 1>>{});
-  else if (cut.vectors) run(Tag<Slab<T, false, kVector>>{});
-  else run(Tag<Slab<T, false, 1>>{});
+  if (cut.channels_last && cut.vectors)
+    run(Tag<Slab<T, true, kVector>>{});
+  else if (cut.channels_last)
+    run(Tag<Slab<T, true, 1>>{});
+  else if (cut.vectors)
+    run(Tag<Slab<T, false, kVector>>{});
+  else
+    run(Tag<Slab<T, false, 1>>{});
 }
 
 template <class Run>
 void with_slab(Dtype dtype, const GroupNormCut& cut, const Run& run) {
-  if (dtype == Dtype::float32) with_slab_of<float>(cut, run);
-  else if (dtype == Dtype::float16) with_slab_of<f16>(cut, run);
-  else with_slab_of<bf16>(cut, run);
+  if (dtype == Dtype::float32)
+    with_slab_of<float>(cut, run);
+  else if (dtype == Dtype::float16)
+    with_slab_of<f16>(cut, run);
+  else
+    with_slab_of<bf16>(cut, run);
 }
 
 }  // namespace cnk::group_norm

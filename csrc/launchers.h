@@ -1,5 +1,5 @@
-// The launchers, as bindings.cpp calls them: addresses and sizes, no type of any framework. An address of 0 is an absent
-// tensor. Every launcher runs on `place`, allocates nothing, and throws std::runtime_error with the op's name.
+// The launchers, as bindings.cpp calls them: addresses and sizes, no type of any framework. An address of 0 is an
+// absent tensor. Every launcher runs on `place`, allocates nothing, and throws std::runtime_error with the op's name.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -66,7 +66,7 @@ struct ZeroConv {
   bool channels_last = false;
   uintptr_t x = 0, weight = 0, bias = 0, residual = 0, out = 0;
   int64_t out_sample = 0, out_channel = 0, out_position = 0;  // strides of out in elements
-  uintptr_t scale = 0;                                         // float32 [N] (stride 1) or [] (stride 0); 0: `factor`
+  uintptr_t scale = 0;                                        // float32 [N] (stride 1) or [] (stride 0); 0: `factor`
   int64_t scale_stride = 0;
   float factor = 1;
 

@@ -74,7 +74,8 @@ constexpr int kSurfaceLine = kTile + 4;  // of the float tile that the epilogue 
 
 template <class T, Along A, Along B>
 size_t shared_bytes() {
-  const size_t stages = kStages<T> * (Arena::bytes<T>(TileShape<T, A>::kSize) + Arena::bytes<T>(TileShape<T, B>::kSize));
+  const size_t stages =
+      kStages<T> * (Arena::bytes<T>(TileShape<T, A>::kSize) + Arena::bytes<T>(TileShape<T, B>::kSize));
   return stages + Arena::bytes<float>(kTile * kSurfaceLine);
 }
 
@@ -98,8 +99,10 @@ __device__ __forceinline__ void load_operand(Shared<T> tile, const Operand<T>& o
                                              int64_t indices, int64_t k, int64_t depth) {
   using S = TileShape<T, ALONG>;
   constexpr bool kAlongDepth = ALONG == Along::depth;
-  const Global<const T> from = operand.data + (batch * operand.batch + (kAlongDepth ? index * operand.line + k : k * operand.line + index));
-  load_tile<S::kRows, S::kWidth, kThreads>(tile, S::kLine, from, operand.line, kAlongDepth ? indices - index : depth - k,
+  const Global<const T> from =
+      operand.data + (batch * operand.batch + (kAlongDepth ? index * operand.line + k : k * operand.line + index));
+  load_tile<S::kRows, S::kWidth, kThreads>(tile, S::kLine, from, operand.line,
+                                           kAlongDepth ? indices - index : depth - k,
                                            kAlongDepth ? depth - k : indices - index, operand.vectors);
 }
 
@@ -168,8 +171,8 @@ __device__ __forceinline__ void multiply(Accumulators& acc, Shared<float> a, Sha
       for (int e = 0; e < 4; ++e) acc[i][j][e] += step[i][j][e];
 }
 
-// Sums steps [first, last) of a tile into workspace.surface. A step is kDepth of the depth of one batch, counted through
-// all batches: a product over one batch takes that batch's steps, dweight's takes those of many.
+// Sums steps [first, last) of a tile into workspace.surface. A step is kDepth of the depth of one batch, counted
+// through all batches: a product over one batch takes that batch's steps, dweight's takes those of many.
 template <Along A, Along B, class T>
 __device__ __forceinline__ void accumulate(const Problem<T>& problem, const Workspace<T, A, B>& workspace, int64_t row,
                                            int64_t column, int64_t first, int64_t last) {

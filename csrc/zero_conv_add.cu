@@ -1,5 +1,6 @@
-// zero_conv_add forward: out = residual + scale * (conv1x1(x, weight) + bias), for one layer or for all of a ControlNet's
-// in one launch of persistent blocks, each result written to its place, such as a channel slice of a larger tensor.
+// zero_conv_add forward: out = residual + scale * (conv1x1(x, weight) + bias), for one layer or for all of a
+// ControlNet's in one launch of persistent blocks, each result written to its place, such as a channel slice of a
+// larger tensor.
 #include "zero_conv_table.cuh"
 
 namespace cnk {
@@ -79,8 +80,10 @@ void zero_conv_add_fwd(const Place& place, Dtype dtype, const std::vector<ZeroCo
   using namespace product;
   with_type(dtype, [&](auto element) {
     using T = decltype(element);
-    if (layers.front().channels_last) launch_forward<T, Along::depth, Along::depth>(place, layers, blocks);
-    else launch_forward<T, Along::depth, Along::index>(place, layers, blocks);
+    if (layers.front().channels_last)
+      launch_forward<T, Along::depth, Along::depth>(place, layers, blocks);
+    else
+      launch_forward<T, Along::depth, Along::index>(place, layers, blocks);
   });
 }
 

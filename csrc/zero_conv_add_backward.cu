@@ -1,8 +1,9 @@
 // zero_conv_add backward, only what is asked for, with G = dout:
 //   dx = scale * weight^T G          dweight = sum over samples and positions of scale * G x^T
 //   dbias = sum of scale * G         dscale = sum of G * (weight x + bias) = sum of x * (weight^T G) + sum of bias * G
-// The residual's gradient is dout itself. Sums over many blocks go through float32 workspace in a fixed order: dweight's
-// depth is cut into `splits`, the sums of G into `sum_parts`, and each tile of dx leaves its dot product with x.
+// The residual's gradient is dout itself. Sums over many blocks go through float32 workspace in a fixed order:
+// dweight's depth is cut into `splits`, the sums of G into `sum_parts`, and each tile of dx leaves its dot product with
+// x.
 #include "device/sync.cuh"
 #include "zero_conv_table.cuh"
 
@@ -17,9 +18,9 @@ constexpr const char* kName = "zero_conv_add_bwd";
 
 template <class T>
 struct InputGradient : Problem<T> {
-  Surface<T> dx;           // no data: not asked for
+  Surface<T> dx;  // no data: not asked for
   Surface<const T> x;
-  Global<float> dot;       // [batches, tiles]; null: not asked for
+  Global<float> dot;  // [batches, tiles]; null: not asked for
 };
 
 __device__ __forceinline__ float sum_over_block(float value, Shared<float> lanes) {
@@ -33,7 +34,8 @@ __device__ __forceinline__ float sum_over_block(float value, Shared<float> lanes
 }
 
 template <class T, Along A, Along B>
-__global__ void __launch_bounds__(kThreads, 4) zero_conv_add_bwd_dx_kernel(const __grid_constant__ Table<InputGradient<T>> table) {
+__global__ void __launch_bounds__(kThreads, 4)
+    zero_conv_add_bwd_dx_kernel(const __grid_constant__ Table<InputGradient<T>> table) {
   constexpr int kVector = 16 / sizeof(T);
   CNK_STATIC_SHARED(float, warp_dots, kThreads / 32);
   Arena arena;
@@ -90,11 +92,12 @@ template <class T>
 struct WeightGradient : Problem<T> {
   Global<float> partial;  // [splits, rows, columns]
   int splits;
-  int ranges;             // a range of steps has one scale: one per sample, or one for all
+  int ranges;  // a range of steps has one scale: one per sample, or one for all
 };
 
 template <class T, Along A, Along B>
-__global__ void __launch_bounds__(kThreads, 4) zero_conv_add_bwd_dweight_kernel(const __grid_constant__ Table<WeightGradient<T>> table) {
+__global__ void __launch_bounds__(kThreads, 4)
+    zero_conv_add_bwd_dweight_kernel(const __grid_constant__ Table<WeightGradient<T>> table) {
   Arena arena;
   const Workspace<T, A, B> workspace(arena);
   for (int unit = blockIdx.x; unit < table.first[table.count]; unit += gridDim.x) {
@@ -146,8 +149,8 @@ constexpr int kSumThreads = 256;
 
 // dweight from its splits.
 template <class T>
-__global__ void __launch_bounds__(kSumThreads) zero_conv_add_bwd_fold_kernel(Global<const float> partial, Global<T> dweight,
-                                                                             int64_t size, int splits) {
+__global__ void __launch_bounds__(kSumThreads)
+    zero_conv_add_bwd_fold_kernel(Global<const float> partial, Global<T> dweight, int64_t size, int splits) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
   if (i >= size) return;
   float sum = 0.0f;
@@ -158,10 +161,10 @@ __global__ void __launch_bounds__(kSumThreads) zero_conv_add_bwd_fold_kernel(Glo
 template <class T>
 struct Sums {
   Global<const T> dout, bias;
-  Global<float> sums;           // [N, parts, Cout]: of dout over one part of the positions
+  Global<float> sums;  // [N, parts, Cout]: of dout over one part of the positions
   Global<T> dbias;
-  Global<const float> dots;     // [N, tiles]
-  Global<float> dscale;         // [N] or []
+  Global<const float> dots;  // [N, tiles]
+  Global<float> dscale;      // [N] or []
   Scale scale;
   int64_t samples, channels, positions, sample_stride, channel_stride, position_stride;
   int parts, tiles;
@@ -206,7 +209,8 @@ __global__ void __launch_bounds__(kSumThreads) zero_conv_add_bwd_sums_kernel(con
     float total = 0.0f;
     if (channel < call.channels)
       for (int64_t p = from; p < end; p += step)
-        total += to_float(call.dout.load(sample * call.sample_stride + channel * call.channel_stride + p * call.position_stride));
+        total += to_float(
+            call.dout.load(sample * call.sample_stride + channel * call.channel_stride + p * call.position_stride));
     return total;
   };
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -233,7 +237,8 @@ __global__ void __launch_bounds__(kSumThreads) zero_conv_add_bwd_dbias_kernel(co
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
   if (channel >= call.channels) return;
   float sum = 0.0f;
-  for (int64_t sample = 0; sample < call.samples; ++sample) sum += call.scale.of(sample) * call.channel_sum(sample, channel);
+  for (int64_t sample = 0; sample < call.samples; ++sample)
+    sum += call.scale.of(sample) * call.channel_sum(sample, channel);
   call.dbias.store(channel, from_float<T>(sum));
 }
 
@@ -244,7 +249,8 @@ __global__ void __launch_bounds__(kSumThreads) zero_conv_add_bwd_dscale_kernel(c
   const int64_t begin = blockIdx.x, end = call.scale.stride ? begin + 1 : call.samples;
   float sum = 0.0f;
   for (int64_t sample = begin; sample < end; ++sample) {
-    for (int tile = threadIdx.x; tile < call.tiles; tile += kSumThreads) sum += call.dots.load(sample * call.tiles + tile);
+    for (int tile = threadIdx.x; tile < call.tiles; tile += kSumThreads)
+      sum += call.dots.load(sample * call.tiles + tile);
     if (call.bias)
       for (int64_t c = threadIdx.x; c < call.channels; c += kSumThreads)
         sum += to_float(call.bias.load(c)) * call.channel_sum(sample, c);
@@ -266,9 +272,11 @@ void launch_sums(const Place& place, const ZeroConv& layer) {
     launch(kName, zero_conv_add_bwd_sums_kernel<T>, place,
            {layer.samples * layer.sum_parts * ceil_div<int64_t>(channels, 32), kSumThreads}, sums);
   if (layer.dbias)
-    launch(kName, zero_conv_add_bwd_dbias_kernel<T>, place, {ceil_div<int64_t>(channels, kSumThreads), kSumThreads}, sums);
+    launch(kName, zero_conv_add_bwd_dbias_kernel<T>, place, {ceil_div<int64_t>(channels, kSumThreads), kSumThreads},
+           sums);
   if (layer.dscale)
-    launch(kName, zero_conv_add_bwd_dscale_kernel<T>, place, {layer.scale_stride ? layer.samples : 1, kSumThreads}, sums);
+    launch(kName, zero_conv_add_bwd_dscale_kernel<T>, place, {layer.scale_stride ? layer.samples : 1, kSumThreads},
+           sums);
 }
 
 template <class T, class Table, class Kernel>
@@ -293,8 +301,10 @@ void zero_conv_add_bwd(const Place& place, Dtype dtype, const std::vector<ZeroCo
   using namespace product;
   with_type(dtype, [&](auto element) {
     using T = decltype(element);
-    if (layers.front().channels_last) launch_backward<T, Along::depth, Along::index>(place, layers, blocks);
-    else launch_backward<T, Along::index, Along::depth>(place, layers, blocks);
+    if (layers.front().channels_last)
+      launch_backward<T, Along::depth, Along::index>(place, layers, blocks);
+    else
+      launch_backward<T, Along::index, Along::depth>(place, layers, blocks);
   });
 }
 

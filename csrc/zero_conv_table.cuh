@@ -22,11 +22,12 @@ Operand<T> operand(uintptr_t address, int64_t batch, int64_t line) {
 
 template <class T, class Address>
 Surface<T> surface(Address address, int64_t batch, int64_t row, int64_t column) {
-  return {{reinterpret_cast<T*>(address)}, batch, row, column,
-          column == 1 && is_aligned(address, sizeof(T), batch, row)};
+  return {
+      {reinterpret_cast<T*>(address)}, batch, row, column, column == 1 && is_aligned(address, sizeof(T), batch, row)};
 }
 
-// A dense [N, channels, positions] tensor as the operand whose index is its positions, and the surface it is written to.
+// A dense [N, channels, positions] tensor as the operand whose index is its positions, and the surface it is written
+// to.
 template <class T>
 Operand<T> activations(const ZeroConv& layer, uintptr_t address, int64_t channels) {
   return operand<T>(address, channels * layer.positions, layer.channels_last ? channels : layer.positions);
@@ -37,7 +38,9 @@ Surface<T> dense_surface(const ZeroConv& layer, uintptr_t address, int64_t chann
   return surface<T>(address, channels * layer.positions, layer.channels_last ? channels : layer.positions, 1);
 }
 
-inline int tiles(int64_t extent) { return static_cast<int>(ceil_div<int64_t>(extent, kTile)); }
+inline int tiles(int64_t extent) {
+  return static_cast<int>(ceil_div<int64_t>(extent, kTile));
+}
 
 // Fills `problem` for out = a * b with the positions as rows in channels_last and as columns in the contiguous format.
 template <class T>
@@ -67,9 +70,12 @@ Table<Item> make_table(const char* name, const std::vector<ZeroConv>& layers, co
 
 template <class Run>
 void with_type(Dtype dtype, const Run& run) {
-  if (dtype == Dtype::float32) run(float{});
-  else if (dtype == Dtype::float16) run(f16{});
-  else run(bf16{});
+  if (dtype == Dtype::float32)
+    run(float{});
+  else if (dtype == Dtype::float16)
+    run(f16{});
+  else
+    run(bf16{});
 }
 
 }  // namespace cnk::product

@@ -1,8 +1,8 @@
 // Fragments of mma.sync from tiles in shared memory, whichever way the tile lies.
 //
 // A tile is rows of `line` elements. `depth` is the dimension that a product sums over: a tile of Along::depth has it
-// along its rows (element (i, k) at i * line + k), one of Along::index has it across them (at k * line + i). A line that
-// is an odd multiple of 16 bytes keeps the eight rows of an ldmatrix in different banks.
+// along its rows (element (i, k) at i * line + k), one of Along::index has it across them (at k * line + i). A line
+// that is an odd multiple of 16 bytes keeps the eight rows of an ldmatrix in different banks.
 #pragma once
 #include "mma.cuh"
 

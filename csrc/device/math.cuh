@@ -38,7 +38,9 @@ __device__ __forceinline__ float reciprocal_sqrt(float x) {
   return x > 0.0f && left == left ? fmaf(0.5f * r, left, r) : r;  // at 0 and infinity the estimate is the answer
 }
 
-__device__ __forceinline__ float sigmoid(float z) { return divide_approx(1.0f, 1.0f + expf(-z)); }
+__device__ __forceinline__ float sigmoid(float z) {
+  return divide_approx(1.0f, 1.0f + expf(-z));
+}
 
 template <class I>
 __host__ __device__ constexpr I ceil_div(I a, I b) {

@@ -129,7 +129,8 @@ struct Shared {
   template <int N>
   void store_vec(int i, const Vec<T, N>& value) const {
     host::team().check_index(name, i, N, size, sizeof(T));
-    std::memcpy(host::team().write_shared(block, offset + i * sizeof(T), sizeof(value), name, i), &value, sizeof(value));
+    std::memcpy(host::team().write_shared(block, offset + i * sizeof(T), sizeof(value), name, i), &value,
+                sizeof(value));
   }
 
   Shared slice(int first, int count) const {
@@ -184,9 +185,11 @@ struct Shared {
   }
 };
 
-#define CNK_STATIC_SHARED(T, name, count)          \
+#define CNK_STATIC_SHARED(T, name, count)           \
   __shared__ __align__(16) T name##_storage[count]; \
-  const ::cnk::Shared<T> name { name##_storage }
+  const ::cnk::Shared<T> name {                     \
+    name##_storage                                  \
+  }
 
 #endif
 

@@ -48,7 +48,7 @@ __device__ __forceinline__ void sync_cluster() {
 #ifdef CNK_HOST
   host::team().sync_cluster();
 #elif CNK_HAS_CLUSTERS
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
@@ -102,7 +102,9 @@ __device__ __forceinline__ T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-__device__ __forceinline__ uint32_t ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
+__device__ __forceinline__ uint32_t ballot(bool predicate) {
+  return __ballot_sync(0xffffffffu, predicate);
+}
 
 #endif
 

@@ -29,8 +29,12 @@ __device__ __forceinline__ To bit_cast(const From& from) {
   return to;
 }
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(bf16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+__device__ __forceinline__ float to_float(float x) {
+  return x;
+}
+__device__ __forceinline__ float to_float(bf16 x) {
+  return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
+}
 
 #ifdef CNK_HOST
 
@@ -77,7 +81,9 @@ inline f16 from_float<f16>(float x) {
 
 #else
 
-__device__ __forceinline__ float to_float(f16 x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ __forceinline__ float to_float(f16 x) {
+  return __half2float(__ushort_as_half(x.bits));
+}
 
 template <class T>
 __device__ __forceinline__ T from_float(float x);

@@ -81,8 +81,10 @@ class Team {
     if (threads % 32) fail("named barrier " + std::to_string(id) + ": a count that is not whole warps");
     Barrier& barrier = barriers_[rank() * kBarriers + id];
     if (!arrive(barrier, threads, id ? "a named barrier" : "__syncthreads")) return;
-    if (threads == launch_.threads) clocks_.synchronise_block(rank());
-    else clocks_.synchronise(barrier.members);
+    if (threads == launch_.threads)
+      clocks_.synchronise_block(rank());
+    else
+      clocks_.synchronise(barrier.members);
     release(barrier);
   }
 
@@ -137,8 +139,7 @@ class Team {
 
   void check_global(const void* pointer, size_t bytes, size_t alignment, const char* verb) {
     const auto address = reinterpret_cast<uintptr_t>(pointer);
-    if (address % alignment)
-      fail("misaligned vector access: " + std::to_string(alignment) + " bytes of global memory");
+    if (address % alignment) fail("misaligned vector access: " + std::to_string(alignment) + " bytes of global memory");
     for (const Extent& extent : extents())
       if (extent.contains(address, bytes)) return;
     fail(std::string("global access out of bounds: ") + verb + " of " + std::to_string(bytes) +
@@ -244,12 +245,12 @@ class Team {
   Launch launch_;
   unsigned first_block_;
   Clocks clocks_;
-  std::vector<SharedMemory> shared_;           // one per block of the cluster
-  std::vector<const char*> waiting_;           // where each thread waits, for the report of a deadlock
-  std::vector<Copies> copies_;                 // per thread
+  std::vector<SharedMemory> shared_;                    // one per block of the cluster
+  std::vector<const char*> waiting_;                    // where each thread waits, for the report of a deadlock
+  std::vector<Copies> copies_;                          // per thread
   std::vector<std::vector<uint32_t>> last_remote_use_;  // [block][thread]: 0 is never
   std::vector<Warp> warps_;
-  std::vector<Barrier> barriers_;              // [block][id]
+  std::vector<Barrier> barriers_;  // [block][id]
   Barrier cluster_barrier_;
   std::map<std::string, size_t> statics_;
   size_t static_top_ = 0;
@@ -260,7 +261,9 @@ inline Team*& current_team() {
   return team;
 }
 
-inline Team& team() { return *current_team(); }
+inline Team& team() {
+  return *current_team();
+}
 
 // What has been launched since the list was last cleared.
 inline std::vector<Launch>& launches() {

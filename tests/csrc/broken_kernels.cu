@@ -100,8 +100,10 @@ __global__ void diverged_barrier_kernel(Call call) {
 __global__ void diverged_shuffle_kernel(Call call) {
   const float x = call.in.load(threadIdx.x);
   const bool odd = threadIdx.x % 2;
-  if (!call.broken) call.out.store(threadIdx.x, shuffle_xor(x, 1));
-  else if (odd) call.out.store(threadIdx.x, shuffle_xor(x, 1));  // half a warp
+  if (!call.broken)
+    call.out.store(threadIdx.x, shuffle_xor(x, 1));
+  else if (odd)
+    call.out.store(threadIdx.x, shuffle_xor(x, 1));  // half a warp
 }
 
 // Each block of a cluster reads its neighbour's sum.
@@ -117,8 +119,10 @@ __global__ void cluster_kernel(Call call) {
 __global__ void cluster_race_kernel(Call call) {
   CNK_STATIC_SHARED(float, sum, 1);
   if (threadIdx.x == 0) sum.store(0, call.in.load(blockIdx.x));
-  if (call.broken) sync_block();  // of one block, where the cluster's is needed
-  else sync_cluster();
+  if (call.broken)
+    sync_block();  // of one block, where the cluster's is needed
+  else
+    sync_cluster();
   call.out.store(blockIdx.x * blockDim.x + threadIdx.x, sum.at_rank((cluster_rank() + 1) % 4).load(0));
   sync_cluster();
 }

@@ -43,7 +43,8 @@ class Check:
             self.test(**self.arguments, **({"backend": "triton"} if takes_backend else {}))
 
     def __str__(self):
-        return f"{self.test.__name__}-" + "-".join(map(str, self.arguments.values()))
+        values = (getattr(value, "__name__", str(value)) for value in self.arguments.values())
+        return f"{self.test.__name__}-" + "-".join(values)  # without addresses: parallel workers compare test names
 
 
 def zero_conv_add(*shape, layout="channels_last", dtype=SINGLE):

@@ -34,7 +34,7 @@ class AotCase:
 _POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 
 
-def case_of(name, kernel, arguments, *, num_warps, num_stages=3, uses_matrix_units=False) -> AotCase:
+def case_of(name, kernel, arguments, *, num_warps, num_stages=3, uses_matrix_units=False, maxnreg=None) -> AotCase:
     """The case of a launch with these `arguments`: a torch.dtype stands for a tensor, None and numbers for themselves.
 
     Numbers are typed as a launch types them: 1 is a constant, a multiple of 16 is marked.
@@ -51,4 +51,4 @@ def case_of(name, kernel, arguments, *, num_warps, num_stages=3, uses_matrix_uni
             signature[parameter.name] = width + (":16" if value % 16 == 0 else "")
         else:
             signature[parameter.name] = _POINTERS[str(value).removeprefix("torch.")]
-    return AotCase(name, kernel, signature, constants, num_warps, num_stages, uses_matrix_units)
+    return AotCase(name, kernel, signature, constants, num_warps, num_stages, uses_matrix_units, maxnreg)

@@ -466,7 +466,7 @@ def backward_plan(
     parameters |= {"BLOCK_C": block, "BLOCK_P": min(512 // block, triton.next_power_of_2(max(parts, partials)))}
     planes = {"group_plane": batch * groups * partials, "channel_plane": batch * channels * parts}
     parameters = Launch(
-        _group_norm_silu_parameter_gradients_kernel, triton.cdiv(channels, block), parameters | planes, 4
+        _group_norm_silu_parameter_gradients_kernel, triton.cdiv(channels, block), parameters | planes, 4, maxnreg=128
     )
     sums = Launch(sums.kernel, sums.grid, sums.sizes | planes, sums.num_warps)
     if dx is not None:

@@ -35,6 +35,7 @@ class Launch:
     grid: int
     sizes: dict
     num_warps: int
+    maxnreg: int | None = None  # registers a thread may have, where ptxas would rather spill than take them
 
     @cached_property
     def operands(self):
@@ -43,7 +44,7 @@ class Launch:
     def __call__(self, tensors):
         """Launches on those of `tensors` that the kernel names."""
         operands = {name: tensors[name] for name in self.operands}
-        self.kernel[(self.grid,)](**operands, **self.sizes, num_warps=self.num_warps)
+        self.kernel[(self.grid,)](**operands, **self.sizes, num_warps=self.num_warps, maxnreg=self.maxnreg)
 
 
 @dataclass(frozen=True)

@@ -144,5 +144,6 @@ def _cases_of(batch: int, channels: int, size: int, memory_format: str, dtype: t
         kernel = launch.kernel.__name__.removeprefix("_group_norm_silu_").removesuffix("_kernel")
         name = f"{kernel} {batch}x{channels}x{size}x{size} {memory_format} {str(dtype).removeprefix('torch.')}"
         arguments = tensors | launch.sizes | {"eps": 1e-5}
-        cases.append(case_of(name, launch.kernel, arguments, num_warps=launch.num_warps))
+        options = {"num_warps": launch.num_warps, "maxnreg": launch.maxnreg}
+        cases.append(case_of(name, launch.kernel, arguments, **options))
     return cases

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import signal
 import warnings
 import weakref
@@ -149,7 +150,6 @@ class ShardLoader:
             batch_size=None,
             num_workers=self._num_workers,
             collate_fn=_as_it_is,
-            worker_init_fn=_ignore_signals,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -159,7 +159,8 @@ class ShardLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         end = (self.epoch + 1) * self._plan.epoch_batches
         if self._messages is None:
-            self._messages = iter(self._loader)
+            with _blocked_signals():
+                self._messages = iter(self._loader)
             # PyTorch and multiprocessing end workers by SIGTERM where they come too late to tell them, and wait for it.
             # These ignore it: they are told before the queues are collected, and before the interpreter's own exit.
             self._end = weakref.finalize(self, _end_workers, self._messages)
@@ -236,6 +237,14 @@ def _as_it_is(message: Message) -> Message:
     return message
 
 
-def _ignore_signals(worker: int) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT wait, here until the end of this, in a process that is started meanwhile as long as it lives.
+
+    A handler that the worker set itself would come too late for a signal that meets it while it starts.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import multiprocessing.process
 import os
 import signal
 import subprocess
@@ -287,7 +288,16 @@ def test_filtered_samples_shorten_the_epoch_by_their_estimated_portion(tmp_path)
     assert source.drops == {}
 
 
-def test_workers_outlive_sigterm_and_sigint(tmp_path):
+def test_workers_outlive_sigterm_and_sigint(tmp_path, monkeypatch):
+    """From the first moment on: a signal that meets a process while it starts does not end it either."""
+    start = multiprocessing.process.BaseProcess.start
+
+    def start_and_signal(process):
+        start(process)
+        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, signal.SIGINT)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start_and_signal)
     source = loader(shards(tmp_path, [8, 8]), num_workers=2)
     before = take(source, 1)
     workers = source._messages._workers
@@ -297,6 +307,7 @@ def test_workers_outlive_sigterm_and_sigint(tmp_path):
     rest = take(source, 2 * len(source) - 1)
     assert all(worker.is_alive() for worker in workers)
     assert Counter(keys(before + rest)) == Counter({f"{n:05d}": 2 for n in range(16)})
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGINT}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

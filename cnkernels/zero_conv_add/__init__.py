@@ -1,10 +1,13 @@
 """ControlNet's zero convolution, its scale and the skip connection that it is added to, as one matrix product."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from cnkernels import register
-from cnkernels.zero_conv_add import registration
+from cnkernels.errors import expect
+from cnkernels.zero_conv_add import group, registration
 
 
 def zero_conv_add(
@@ -44,12 +47,66 @@ def zero_conv_add(
         Zhang et al., "Adding Conditional Control to Text-to-Image Diffusion Models", 2023.
     """
     x, weight, bias, residual = register.autocast(x, weight, bias, residual)
-    if torch.compiler.is_compiling() and not isinstance(scale, Tensor):
-        # A Python float that reaches an op is burnt into the graph; one that multiplies a tensor stays symbolic.
-        scale = torch.ones((), device=x.device) * scale
-    factor, scale = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
+    scale, factor = _tensor_or_factor(scale, x)
     if out is None:
         return torch.ops.cnkernels.zero_conv_add(x, weight, bias, residual, scale, factor)
-    registration.expect_no_gradient(x, weight, bias, residual, scale)
+    registration.expect_no_gradient("zero_conv_add", "out", x, weight, bias, residual, scale)
     torch.ops.cnkernels.zero_conv_add_out(x, weight, bias, residual, scale, factor, out)
     return out
+
+
+def zero_conv_add_group(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    residuals: Sequence[Tensor | None] | None = None,
+    scales: float | Tensor | Sequence[float | Tensor] = 1.0,
+    outs: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """`zero_conv_add` for several layers, such as all of a ControlNet's; on the cuda backend in one launch.
+
+        outs[i] = zero_conv_add(xs[i], weights[i], biases[i], residuals[i], scales[i])
+
+    Args:
+        xs, weights, biases, residuals, outs: for each layer what `zero_conv_add` takes, all of one dtype and device; a
+            layer may lack its bias or residual, and a list may be None as a whole.
+        scales: one for all layers or one for each.
+        outs: no two of them overlap, nor does one overlap an argument of any layer. Not differentiable.
+
+    Returns:
+        `outs`, or new tensors, each of the dtype and memory format of its x.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, its layer, what was expected and what came.
+
+    Notes:
+        Gradients, what is saved for them, and autocast are as in `zero_conv_add`, layer by layer; a layer whose output
+        has no gradient costs nothing. One backend serves the group: the one that serves its largest layer. More than
+        16 layers, or layers of both memory formats, take one launch for each 16 and each format.
+    """
+    count = len(xs)
+    expect(count > 0, "zero_conv_add_group", "xs", "of at least one layer", "none")
+    scales = scales if isinstance(scales, Sequence) else [scales] * count
+    columns = {"xs": xs, "weights": weights, "biases": biases, "residuals": residuals, "scales": scales, "outs": outs}
+    for name, column in columns.items():
+        fits = column is None or len(column) == count
+        expect(fits, "zero_conv_add_group", name, f"of {count} entries, as `xs` is", column if fits else len(column))
+    biases, residuals = ([None] * count if column is None else column for column in (biases, residuals))
+    layers = [register.autocast(*layer) for layer in zip(xs, weights, biases, residuals, strict=True)]
+    tensors, factors = zip(*map(_tensor_or_factor, scales, xs), strict=True)
+    lists, given = group.pack([*zip(*layers, strict=True), tensors])
+    if outs is None:
+        return torch.ops.cnkernels.zero_conv_add_group(*lists, given, factors)
+    registration.expect_no_gradient("zero_conv_add_group", "outs", *(t for tensors in lists for t in tensors))
+    torch.ops.cnkernels.zero_conv_add_group_out(*lists, given, factors, outs)
+    return list(outs)
+
+
+def _tensor_or_factor(scale: float | Tensor, x: Tensor) -> tuple[Tensor | None, float]:
+    """The scale as an op takes it: a tensor, or else a float."""
+    if isinstance(scale, Tensor):
+        return scale, 1.0
+    if torch.compiler.is_compiling():
+        # A Python float that reaches an op is burnt into the graph; one that multiplies a tensor stays symbolic.
+        return torch.ones((), device=x.device) * scale, 1.0
+    return None, scale

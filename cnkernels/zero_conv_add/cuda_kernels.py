@@ -1,9 +1,9 @@
 """zero_conv_add on csrc/zero_conv_add*.cu, one layer or a group of them in one launch."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,8 @@ _BLOCKS_PER_MULTIPROCESSOR = 4  # of 128 threads and at most 56 KiB of shared me
 _DEPTH = 32  # positions that one step of dweight sums
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One zero convolution of a group: the arguments of cnkernels.zero_conv_add."""
+class Layer(NamedTuple):
+    """One zero convolution: the arguments of zero_conv_add_fwd."""
 
     x: Tensor  # [N, Cin, H, W]
     weight: Tensor  # [Cout, Cin, 1, 1]
@@ -32,26 +31,20 @@ class Layer:
 def zero_conv_add_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, scale: Scale, out: Tensor | None = None
 ) -> Tensor:
-    return zero_conv_add_group_fwd([Layer(x, weight, bias, residual, scale, out)])[0]
+    return zero_conv_add_group_fwd([(x, weight, bias, residual, scale, out)])[0]
 
 
-def zero_conv_add_group_fwd(layers: Sequence[Layer]) -> list[Tensor]:
-    """out = residual + scale * (conv1x1(x, weight) + bias) for every layer, up to 16 in one launch.
+def zero_conv_add_group_fwd(calls: Sequence[tuple]) -> list[Tensor]:
+    """[zero_conv_add_fwd(*call) for call in calls], up to 16 of one memory format in one launch.
 
     Args:
-        layers: of one dtype, device and memory format of x; residuals in the memory format of x.
-
-    Returns:
-        The outputs: the `out` that a layer names, or else a new tensor in the memory format of x.
+        calls: of one dtype and device; residuals in the memory format of x.
     """
-    layers = [_with_out(_with_dense_scale(layer)) for layer in layers]
+    layers = [_with_out(_with_dense_scale(Layer(*call))) for call in calls]
     x = layers[0].x
-    tensors = [t for layer in layers for t in vars(layer).values() if isinstance(t, Tensor)]
-    library, place = extension.prepare(*tensors)
-    calls = [_describe(library, layer, layer.out) for layer in layers]
+    library, place = extension.prepare(x, *(t for layer in layers for t in layer if isinstance(t, Tensor)))
     blocks = _BLOCKS_PER_MULTIPROCESSOR * extension.multiprocessors(x.device)
-    for first in range(0, len(calls), library.ZERO_CONV_GROUP):
-        group = calls[first : first + library.ZERO_CONV_GROUP]
+    for group in _launches(library, [_describe(library, layer, layer.out) for layer in layers]):
         library.zero_conv_add_fwd(place, extension.dtype_of(library, x), group, blocks)
     return [layer.out for layer in layers]
 
@@ -59,26 +52,24 @@ def zero_conv_add_group_fwd(layers: Sequence[Layer]) -> list[Tensor]:
 def zero_conv_add_bwd(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Scale, need: tuple[bool, bool, bool, bool]
 ) -> Gradients:
-    return zero_conv_add_group_bwd([dout], [Layer(x, weight, bias, None, scale)], [need])[0]
+    return zero_conv_add_group_bwd([(dout, x, weight, bias, scale, need)])[0]
 
 
-def zero_conv_add_group_bwd(
-    douts: Sequence[Tensor], layers: Sequence[Layer], needs: Sequence[tuple[bool, bool, bool, bool]]
-) -> list[Gradients]:
-    """Gradients of (x, weight, bias, scale) of every layer: one launch for all dx, one for all dweight, then the sums.
+def zero_conv_add_group_bwd(calls: Sequence[tuple]) -> list[Gradients]:
+    """[zero_conv_add_bwd(*call) for call in calls]: one launch for all dx, one for all dweight, then the sums.
 
     With a scale per sample, dweight takes float32 workspace of at least N times the size of the weight.
     """
-    layers = [_with_dense_scale(layer) for layer in layers]
+    layers = [_with_dense_scale(Layer(x, weight, bias, None, scale)) for _, x, weight, bias, scale, _ in calls]
     x = layers[0].x
     library = extension.module_for(x.device)
     blocks = _BLOCKS_PER_MULTIPROCESSOR * extension.multiprocessors(x.device)
-    douts = [layout.match(dout, layer.x) for dout, layer in zip(douts, layers, strict=True)]
+    douts = [layout.match(call[0], layer.x) for call, layer in zip(calls, layers, strict=True)]
+    needs = [call[-1] for call in calls]
     gradients = [_empty_gradients(layer, need) for layer, need in zip(layers, needs, strict=True)]
     plans = [_workspace(library, layer, need, blocks) for layer, need in zip(layers, needs, strict=True)]
-    inputs = [t for layer in layers for t in vars(layer).values() if isinstance(t, Tensor)]
-    outputs = [t for made in (*gradients, *plans) for t in made if isinstance(t, Tensor)]
-    library, place = extension.prepare(x, *inputs, *douts, *outputs)
+    tensors = [t for made in (*layers, *gradients, *plans) for t in made if isinstance(t, Tensor)]
+    library, place = extension.prepare(x, *douts, *tensors)
     calls = []
     for dout, layer, made, plan in zip(douts, layers, gradients, plans, strict=True):
         call = _describe(library, layer, dout)
@@ -89,10 +80,17 @@ def zero_conv_add_group_bwd(
             extension.address(t) for t in (partial, dots, sums)
         )
         calls.append(call)
-    for first in range(0, len(calls), library.ZERO_CONV_GROUP):
-        group = calls[first : first + library.ZERO_CONV_GROUP]
+    for group in _launches(library, calls):
         library.zero_conv_add_bwd(place, extension.dtype_of(library, x), group, blocks)
     return gradients
+
+
+def _launches(library: ModuleType, calls: Sequence[object]) -> Iterator[list[object]]:
+    """The calls of each launch: a table has a limit, and a kernel reads one memory format."""
+    for channels_last in (False, True):
+        alike = [call for call in calls if call.channels_last == channels_last]
+        for first in range(0, len(alike), library.ZERO_CONV_GROUP):
+            yield alike[first : first + library.ZERO_CONV_GROUP]
 
 
 def _with_out(layer: Layer) -> Layer:
@@ -101,11 +99,11 @@ def _with_out(layer: Layer) -> Layer:
     x, channels = layer.x, layer.weight.shape[0]
     memory_format = torch.channels_last if layout.is_channels_last(x) else torch.contiguous_format
     shape = (x.shape[0], channels, *x.shape[2:])
-    return replace(layer, out=torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format))
+    return layer._replace(out=torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format))
 
 
 def _with_dense_scale(layer: Layer) -> Layer:
-    return replace(layer, scale=layer.scale.contiguous()) if isinstance(layer.scale, Tensor) else layer
+    return layer._replace(scale=layer.scale.contiguous()) if isinstance(layer.scale, Tensor) else layer
 
 
 def _describe(library: ModuleType, layer: Layer, out: Tensor) -> object:

@@ -12,63 +12,58 @@ from cnkernels.errors import expect
 _NAME = "zero_conv_add"
 
 
-def _validate(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, scale: Tensor | None) -> None:
-    register.expect_floating(_NAME, "x", x)
-    expect(x.dim() == 4, _NAME, "x", "[N, Cin, H, W]", f"shape {list(x.shape)}")
+def validate(
+    name: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, scale: Tensor | None
+) -> None:
+    """Of one layer, all but where it writes; `name` begins the message of an error."""
+    register.expect_floating(name, "x", x)
+    expect(x.dim() == 4, name, "x", "[N, Cin, H, W]", f"shape {list(x.shape)}")
     fits = weight.dim() == 4 and weight.shape[1:] == (x.shape[1], 1, 1)
-    expect(fits, _NAME, "weight", f"[Cout, {x.shape[1]}, 1, 1]", f"shape {list(weight.shape)}")
+    expect(fits, name, "weight", f"[Cout, {x.shape[1]}, 1, 1]", f"shape {list(weight.shape)}")
     channels = weight.shape[0]
-    _expect_like(x, "weight", weight, weight.shape)
+    expect_like(name, x, "weight", weight, weight.shape)
     if bias is not None:
-        _expect_like(x, "bias", bias, (channels,))
+        expect_like(name, x, "bias", bias, (channels,))
     if residual is not None:
-        _expect_like(x, "residual", residual, _out_shape(x, weight))
+        expect_like(name, x, "residual", residual, out_shape(x, weight))
     if scale is not None:
         n = x.shape[0]
         fits = scale.dim() == 0 or scale.shape == (n,) or scale.shape == (n, 1, 1, 1)
-        expect(fits, _NAME, "scale", f"a float or of shape [], [{n}] or [{n}, 1, 1, 1]", f"shape {list(scale.shape)}")
-        expect(scale.is_floating_point(), _NAME, "scale", "a floating point tensor", scale.dtype)
-        expect(scale.device == x.device, _NAME, "scale", f"on the device of `x`, {x.device}", scale.device)
+        expect(fits, name, "scale", f"a float or of shape [], [{n}] or [{n}, 1, 1, 1]", f"shape {list(scale.shape)}")
+        expect(scale.is_floating_point(), name, "scale", "a floating point tensor", scale.dtype)
+        expect(scale.device == x.device, name, "scale", f"on the device of `x`, {x.device}", scale.device)
 
 
-def _expect_like(x: Tensor, argument: str, tensor: Tensor, shape) -> None:
+def expect_like(name: str, x: Tensor, argument: str, tensor: Tensor, shape) -> None:
     expect(
-        tuple(tensor.shape) == tuple(shape), _NAME, argument, f"of shape {list(shape)}", f"shape {list(tensor.shape)}"
+        tuple(tensor.shape) == tuple(shape), name, argument, f"of shape {list(shape)}", f"shape {list(tensor.shape)}"
     )
-    expect(tensor.dtype == x.dtype, _NAME, argument, f"of the dtype of `x`, {x.dtype}", tensor.dtype)
-    expect(tensor.device == x.device, _NAME, argument, f"on the device of `x`, {x.device}", tensor.device)
+    expect(tensor.dtype == x.dtype, name, argument, f"of the dtype of `x`, {x.dtype}", tensor.dtype)
+    expect(tensor.device == x.device, name, argument, f"on the device of `x`, {x.device}", tensor.device)
 
 
-def _validate_out(out: Tensor, x: Tensor, weight: Tensor, *others: Tensor | None) -> None:
-    _expect_like(x, "out", out, _out_shape(x, weight))
-    width = out.shape[3]
-    even = out.shape[2] == 1 or out.stride(2) == width * out.stride(3)
-    expect(
-        even and 0 not in out.stride(),
-        _NAME,
-        "out",
-        "without overlap and with evenly strided pixels",
-        f"strides {out.stride()}",
-    )
-    for argument, tensor in zip(("x", "weight", "bias", "residual", "scale"), (x, weight, *others), strict=True):
-        overlap = tensor is not None and layout.overlap(out, tensor)
-        expect(not overlap, _NAME, "out", f"apart from `{argument}` in memory", "a tensor that overlaps it")
+def validate_out(name: str, out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """That a layer can write to `out`."""
+    expect_like(name, x, "out", out, out_shape(x, weight))
+    even = out.shape[2] == 1 or out.stride(2) == out.shape[3] * out.stride(3)
+    fits = even and 0 not in out.stride()
+    expect(fits, name, "out", "without overlap and with evenly strided pixels", f"strides {out.stride()}")
 
 
-def expect_no_gradient(*tensors: Tensor | None) -> None:
+def expect_no_gradient(name: str, argument: str, *tensors: Tensor | None) -> None:
     """`out=` cannot be differentiated through, as in PyTorch."""
     tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    expect(not tracked, _NAME, "out", "None where a gradient is recorded", "a tensor")
+    expect(not tracked, name, argument, "None where a gradient is recorded", "a tensor")
 
 
-def _out_shape(x: Tensor, weight: Tensor) -> tuple[int, ...]:
+def out_shape(x: Tensor, weight: Tensor) -> tuple[int, ...]:
     return (x.shape[0], weight.shape[0], *x.shape[2:])
 
 
-def _new_out(x: Tensor, weight: Tensor) -> Tensor:
+def new_out(x: Tensor, weight: Tensor) -> Tensor:
     """An empty output in x's memory format."""
     fmt = torch.channels_last if layout.is_channels_last(layout.dense(x)) else torch.contiguous_format
-    return torch.empty(_out_shape(x, weight), dtype=x.dtype, device=x.device, memory_format=fmt)
+    return torch.empty(out_shape(x, weight), dtype=x.dtype, device=x.device, memory_format=fmt)
 
 
 def _kernel_scale(scale: Tensor | None, factor: float, x: Tensor) -> Tensor | float:
@@ -78,35 +73,44 @@ def _kernel_scale(scale: Tensor | None, factor: float, x: Tensor) -> Tensor | fl
     return scale if scale.dim() == 0 else scale.reshape(-1)
 
 
+def call_of(x, weight, bias, residual, scale, factor, out):
+    """The arguments of the kernels' zero_conv_add_fwd."""
+    x = layout.dense(x)
+    residual = residual if residual is None else layout.match(residual, x)
+    return (x, *register.contiguous(weight, bias), residual, _kernel_scale(scale, factor, x), out)
+
+
 def _forward(x, weight, bias, residual, scale, factor):
-    _validate(x, weight, bias, residual, scale)
-    return _run(x, weight, bias, residual, scale, factor, _new_out(x, weight))
+    validate(_NAME, x, weight, bias, residual, scale)
+    out = new_out(x, weight)
+    _run(x, weight, bias, residual, scale, factor, out)
+    return out
 
 
 def _forward_out(x, weight, bias, residual, scale, factor, out):
-    _validate(x, weight, bias, residual, scale)
-    _validate_out(out, x, weight, bias, residual, scale)
+    validate(_NAME, x, weight, bias, residual, scale)
+    validate_out(_NAME, out, x, weight)
+    inputs = {"x": x, "weight": weight, "bias": bias, "residual": residual, "scale": scale}
+    for argument, tensor in inputs.items():
+        overlap = tensor is not None and layout.overlap(out, tensor)
+        expect(not overlap, _NAME, "out", f"apart from `{argument}` in memory", "a tensor that overlaps it")
     _run(x, weight, bias, residual, scale, factor, out)
 
 
 def _run(x, weight, bias, residual, scale, factor, out):
-    if out.numel() == 0:
-        return out
-    x = layout.dense(x)
-    weight, bias = register.contiguous(weight, bias)
-    residual = residual if residual is None else layout.match(residual, x)
-    kernels = dispatch.implementation(_NAME, x)
-    return kernels.zero_conv_add_fwd(x, weight, bias, residual, _kernel_scale(scale, factor, x), out)
+    if out.numel():
+        call = call_of(x, weight, bias, residual, scale, factor, out)
+        dispatch.implementation(_NAME, call[0]).zero_conv_add_fwd(*call)
 
 
 def _fake_forward(x, weight, bias, residual, scale, factor):
-    _validate(x, weight, bias, residual, scale)
-    return _new_out(x, weight)
+    validate(_NAME, x, weight, bias, residual, scale)
+    return new_out(x, weight)
 
 
 def _fake_forward_out(x, weight, bias, residual, scale, factor, out):
-    _validate(x, weight, bias, residual, scale)
-    _expect_like(x, "out", out, _out_shape(x, weight))
+    validate(_NAME, x, weight, bias, residual, scale)
+    expect_like(_NAME, x, "out", out, out_shape(x, weight))
 
 
 def _input(x: Tensor | None, dout: Tensor, weight: Tensor, channels_last: bool) -> Tensor:
@@ -118,14 +122,23 @@ def _input(x: Tensor | None, dout: Tensor, weight: Tensor, channels_last: bool) 
     return torch.empty(shape, dtype=weight.dtype, device=dout.device, memory_format=fmt)
 
 
-def _backward(dout, x, weight, bias, scale, factor, channels_last, need):
-    x = _input(x, dout, weight, channels_last)
-    if dout.numel() == 0 or x.numel() == 0:
+def backward_call_of(dout, x, weight, bias, scale, factor, channels_last, need):
+    """The arguments of the kernels' zero_conv_add_bwd."""
+    x = _input(x, dout, weight, channels_last)  # dout comes in any strides
+    return (dout, x, *register.contiguous(weight, bias), _kernel_scale(scale, factor, x), tuple(need))
+
+
+def is_empty(call) -> bool:
+    """Whether such a call has no output or no input: its gradients are zero, and no kernel runs."""
+    return call[0].numel() == 0 or call[1].numel() == 0
+
+
+def asked_for(gradients, call, scale, need) -> list[Tensor]:
+    """What a backward op returns of the kernels' (dx, dweight, dbias, dscale) for a call, None for an empty one."""
+    _, x, weight, bias, *_ = call
+    if gradients is None:
         return [torch.zeros_like(t) for t in register.needed((x, weight, bias, scale), need)]
-    weight, bias = register.contiguous(weight, bias)  # dout comes in any strides
-    dx, dweight, dbias, dscale = dispatch.implementation(_NAME, x).zero_conv_add_bwd(
-        dout, x, weight, bias, _kernel_scale(scale, factor, x), tuple(need)
-    )
+    dx, dweight, dbias, dscale = gradients
     if need[1]:  # the strides of a 1x1 kernel are ambiguous; DDP copies a gradient whose strides are not the weight's
         dweight = dweight.as_strided(weight.shape, weight.stride())
     if need[3]:
@@ -133,7 +146,14 @@ def _backward(dout, x, weight, bias, scale, factor, channels_last, need):
     return register.needed((dx, dweight, dbias, dscale), need)
 
 
-def _fake_backward(dout, x, weight, bias, scale, factor, channels_last, need):
+def _backward(dout, x, weight, bias, scale, factor, channels_last, need):
+    call = backward_call_of(dout, x, weight, bias, scale, factor, channels_last, need)
+    kernels = dispatch.implementation(_NAME, call[1])
+    gradients = None if is_empty(call) else kernels.zero_conv_add_bwd(*call)
+    return asked_for(gradients, call, scale, need)
+
+
+def fake_backward(dout, x, weight, bias, scale, factor, channels_last, need):
     x = _input(x, dout, weight, channels_last)
     return [torch.empty_like(t) for t in register.needed((x, *register.contiguous(weight, bias, scale)), need)]
 
@@ -173,5 +193,5 @@ register.op(
     "(Tensor dout, Tensor? x, Tensor weight, Tensor? bias, Tensor? scale, float factor, bool channels_last, "
     "bool[] need) -> Tensor[]",
     _backward,
-    _fake_backward,
+    fake_backward,
 )

@@ -5,7 +5,6 @@ import torch
 
 from cnkernels import extension
 from cnkernels.zero_conv_add import cuda_kernels
-from cnkernels.zero_conv_add.cuda_kernels import Layer
 from tests.cnkernels import harness
 from tests.cnkernels.harness import DEVICE, randn
 from tests.cnkernels.test_zero_conv_add import eager, fused, inputs, reductions
@@ -17,55 +16,49 @@ pytestmark = pytest.mark.skipif(
 SIZES = [(32, 32, 8, 8), (32, 32, 8, 8), (64, 96, 4, 4), (40, 72, 3, 5)]  # Cin, Cout, H, W: two alike, odd ones
 
 
-def make_layers(dtype, layout) -> list[Layer]:
-    """Layers with every kind of scale; the first writes into a channel slice of a wider tensor."""
+def make_calls(dtype, layout) -> list[tuple]:
+    """Arguments of zero_conv_add_fwd with every kind of scale."""
     arrange = harness.channels_last if layout == "channels_last" else harness.as_is
-    layers = []
+    calls = []
     for index, (cin, cout, height, width) in enumerate(SIZES):
         x, residual = (arrange(randn(2, c, height, width).to(dtype)) for c in (cin, cout))
         weight, bias = randn(cout, cin, 1, 1).to(dtype), randn(cout).to(dtype)
         scale = (0.5, randn().float(), randn(2).float(), 1.0)[index]
-        layers.append(Layer(x, weight, bias if index else None, residual if index != 2 else None, scale))
-    return layers
+        calls.append((x, weight, bias if index else None, residual if index != 2 else None, scale))
+    return calls
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", harness.DTYPES, ids=str)
 def test_a_group_is_its_layers_to_the_bit(dtype, layout):
-    layers = make_layers(dtype, layout)
-    outs = cuda_kernels.zero_conv_add_group_fwd(layers)
-    douts = [torch.randn_like(out) for out in outs]
-    needs = [(True, True, layer.bias is not None, isinstance(layer.scale, torch.Tensor)) for layer in layers]
-    gradients = cuda_kernels.zero_conv_add_group_bwd(douts, layers, needs)
-    for layer, out, dout, need, together in zip(layers, outs, douts, needs, gradients, strict=True):
-        arguments = (layer.x, layer.weight, layer.bias)
-        assert torch.equal(out, cuda_kernels.zero_conv_add_fwd(*arguments, layer.residual, layer.scale))
-        alone = cuda_kernels.zero_conv_add_bwd(dout, *arguments, layer.scale, need)
-        for ours, theirs in zip(together, alone, strict=True):
+    calls = make_calls(dtype, layout)
+    outs = cuda_kernels.zero_conv_add_group_fwd(calls)
+    backward_calls = []
+    for out, (x, weight, bias, _, scale) in zip(outs, calls, strict=True):
+        need = (True, True, bias is not None, isinstance(scale, torch.Tensor))
+        backward_calls.append((torch.randn_like(out), x, weight, bias, scale, need))
+    gradients = cuda_kernels.zero_conv_add_group_bwd(backward_calls)
+    for call, backward_call, out, together in zip(calls, backward_calls, outs, gradients, strict=True):
+        assert torch.equal(out, cuda_kernels.zero_conv_add_fwd(*call))
+        for ours, theirs in zip(together, cuda_kernels.zero_conv_add_bwd(*backward_call), strict=True):
             assert (ours is None and theirs is None) or torch.equal(ours, theirs)
 
 
-def test_a_group_writes_each_result_to_its_place():
-    layers = make_layers(torch.float16, "channels_last")
-    expected = cuda_kernels.zero_conv_add_group_fwd(layers)
-    placed, buffers = [], []
-    for layer, out in zip(layers, expected, strict=True):
-        n, channels, height, width = out.shape
-        buffer = torch.full((n, channels + 24, height, width), 42.0, dtype=out.dtype, device=DEVICE)
-        buffers.append(harness.channels_last(buffer))
-        placed.append(Layer(**{**vars(layer), "out": buffers[-1][:, 8 : 8 + channels]}))
-    cuda_kernels.zero_conv_add_group_fwd(placed)
-    for buffer, out in zip(buffers, expected, strict=True):
-        channels = out.shape[1]
-        assert torch.equal(buffer[:, 8 : 8 + channels], out)
-        assert (buffer[:, :8] == 42).all() and (buffer[:, 8 + channels :] == 42).all()
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="launches are listed by the build for the CPU")
+def test_a_group_is_one_launch_of_each_memory_format():
+    library = extension.module_for(DEVICE)
+    calls = make_calls(torch.float16, "contiguous")
+    cuda_kernels.zero_conv_add_group_fwd(calls)
+    assert [name for name, *_ in library.launches()] == ["zero_conv_add_fwd"]
+    cuda_kernels.zero_conv_add_group_fwd(calls + make_calls(torch.float16, "channels_last"))
+    assert [name for name, *_ in library.launches()] == ["zero_conv_add_fwd"] * 2
 
 
 def test_more_layers_than_one_launch_holds():
     library = extension.module_for(DEVICE)
-    layers = make_layers(torch.float16, "contiguous") * 5
-    assert len(layers) > library.ZERO_CONV_GROUP
-    outs = cuda_kernels.zero_conv_add_group_fwd(layers)
+    calls = make_calls(torch.float16, "contiguous") * 5
+    assert len(calls) > library.ZERO_CONV_GROUP
+    outs = cuda_kernels.zero_conv_add_group_fwd(calls)
     for index, out in enumerate(outs):
         assert torch.equal(out, outs[index % 4])
 

@@ -1,44 +1,61 @@
 """No row without passing tests: which backends of which ops fail theirs, on this machine, at this commit.
 
-python -m benchmarks.gate [--op OP] [--output FILE]
+python -m benchmarks.gate [--op OP] [--output FILE]                   # runs the tests of the ops' backends
+python -m benchmarks.gate --report JUNIT.xml [--op OP] [--output FILE]  # reads what `pytest --junitxml` left
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-import torch
-
+from benchmarks import ops
 from benchmarks.machine import ROOT
 from cnkernels import dispatch
 
+TESTS = Path("tests", "cnkernels")
 
-def backends_here() -> tuple[str, ...]:
-    return ("triton", "cuda") if torch.cuda.is_available() else ("reference",)
+
+def names(op: str, backend: str) -> set[str]:
+    """The test files of an op: those that all backends share, and the backend's own."""
+    return {f"test_{op}", f"test_{op}_{backend}", f"test_{backend}_{op}"}
+
+
+def counts(report: Path, op: str, backend: str) -> dict:
+    """Of one backend of an op, in a JUnit report: {"passed": n, "failed": n, "skipped": n, "failures": [names]}."""
+    cases = []
+    for case in ElementTree.parse(report).iter("testcase"):
+        file = case.get("classname", "").rpartition(".")[2]
+        words = re.split(r"[^a-zA-Z0-9]+|_", f"{file}-{case.get('name', '')}")
+        if file in names(op, backend) and backend in words:
+            cases.append(case)
+    failures = [c.get("name", "?") for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    skipped = sum(c.find("skipped") is not None for c in cases)
+    passed = len(cases) - len(failures) - skipped
+    return {"passed": passed, "failed": len(failures), "skipped": skipped, "failures": failures}
 
 
 def status(op: str, backend: str) -> dict:
-    """Runs the tests of one backend of an op. {"passed": n, "failed": n, "skipped": n, "failures": [names]}"""
+    """Runs the tests of one backend of an op; the result is that of `counts`."""
+    files = [str(TESTS / f"{name}.py") for name in sorted(names(op, backend)) if (ROOT / TESTS / f"{name}.py").exists()]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", f"tests/cnkernels/test_{op}.py"]
-        done = subprocess.run([*command, "-k", backend], cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *files, "-k", backend]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if not report.exists():
             return {"passed": 0, "failed": 1, "skipped": 0, "failures": [done.stdout[-2000:] + done.stderr[-2000:]]}
-        cases = list(ElementTree.parse(report).iter("testcase"))
-    failures = [c.get("name", "?") for c in cases if c.find("failure") is not None or c.find("error") is not None]
-    skipped = sum(c.find("skipped") is not None for c in cases)
-    counts = {"passed": len(cases) - len(failures) - skipped, "failed": len(failures), "skipped": skipped}
-    return {**counts, "failures": failures}
+        return counts(report, op, backend)
 
 
-def statuses(ops: list[str]) -> dict[str, dict[str, dict]]:
-    """Op -> backend -> `status`."""
-    return {op: {b: status(op, b) for b in backends_here() if (op, b) in dispatch.CAPABILITIES} for op in ops}
+def statuses(of: list[str], report: Path | None = None) -> dict[str, dict[str, dict]]:
+    """Op -> backend -> `counts`, from a report or, without one, from running the tests."""
+    return {
+        op: {name: counts(report, op, name) if report else status(op, name) for name in ops.backends(op)} for op in of
+    }
 
 
 def refused(of_op: dict[str, dict]) -> dict[str, str]:
@@ -56,13 +73,19 @@ def refused(of_op: dict[str, dict]) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=__doc__)
     parser.add_argument("--op", action="append", choices=dispatch.OPS, help="may be given more than once; default: all")
+    parser.add_argument("--report", type=Path, help="JUnit XML of a run of the tests; default: run them")
     parser.add_argument("--output", type=Path, help="JSON file, for benchmarks.run --gate")
     arguments = parser.parse_args()
-    found = statuses(arguments.op or list(dispatch.OPS))
+    found = statuses(arguments.op or list(dispatch.OPS), arguments.report)
     text = json.dumps(found, indent=1)
     print(text)
     if arguments.output:
         arguments.output.write_text(text + "\n")
+    for op, of_op in found.items():
+        for backend, reason in refused(of_op).items():
+            print(f"{op}, {backend}: {reason}", file=sys.stderr)
+    if any(refused(of_op) for of_op in found.values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

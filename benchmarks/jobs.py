@@ -5,6 +5,7 @@ channels_last and the same dtype. Providers are built one after the other and fr
 """
 
 import gc
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import timing
+from benchmarks.budget import Budget, OverBudget
 from controlnet.controlnet import ControlNet
 from controlnet.diffusion import ControlledUNet, DiffusionLoss, NoiseSchedule
 from controlnet.unet import UNet
@@ -101,7 +103,8 @@ def _denoise_ours(job: Job, device: torch.device, params: dict[str, Any], how: s
     return _captured(step, device) if "graph" in how else step
 
 
-def _theirs(params: dict[str, Any], device: torch.device):
+def diffusers_networks(params: dict[str, Any], device: torch.device):
+    """diffusers' U-Net and ControlNet of the same size, random weights, channels_last."""
     from diffusers import ControlNetModel, UNet2DConditionModel
 
     channels = tuple(params["model_channels"] * m for m in params["channel_mult"])
@@ -112,9 +115,14 @@ def _theirs(params: dict[str, Any], device: torch.device):
 
 
 def _denoise_diffusers(job: Job, device: torch.device, params: dict[str, Any], how: str) -> Callable[[], Tensor]:
-    unet, control = (m.to(job.dtype).requires_grad_(False).eval() for m in _theirs(params, device))
+    unet, control = (m.to(job.dtype).requires_grad_(False).eval() for m in diffusers_networks(params, device))
     x, hint, t, context = images(job, device, params["context_dim"])
-    if how != "eager":
+    if "accelerate" in how:
+        import controlnet
+
+        controlnet.accelerate(unet)
+        controlnet.accelerate(control)
+    elif how != "eager":
         mode = "max-autotune" if "graph" in how else "max-autotune-no-cudagraphs"
         mode = mode if device.type == "cuda" else "default"
         unet, control = (
@@ -129,7 +137,7 @@ def _denoise_diffusers(job: Job, device: torch.device, params: dict[str, Any], h
             uncond, cond = unet(x, t, context, **residuals, return_dict=False)[0].chunk(2)
             return uncond + 7.5 * (cond - uncond)
 
-    return step
+    return _captured(step, device) if how == "accelerate graph" else step
 
 
 def training(job: Job, device: torch.device, model, parameters: list, loss: Callable[[], Tensor]):
@@ -160,7 +168,7 @@ def _train_ours(job: Job, device: torch.device, params: dict[str, Any], how: str
 
 
 def _train_diffusers(job: Job, device: torch.device, params: dict[str, Any], how: str) -> Callable[[], Tensor]:
-    unet, control = _theirs(params, device)
+    unet, control = diffusers_networks(params, device)
     unet.requires_grad_(False).to(job.dtype)
     if "compile" in how:
         unet, control = torch.compile(unet), torch.compile(control)
@@ -181,6 +189,8 @@ DENOISE = {
     "ours": (_denoise_ours, "eager"),
     "ours, CUDA graph": (_denoise_ours, "graph"),
     "ours, compiled, CUDA graph": (_denoise_ours, "compile graph"),
+    "ours through diffusers": (_denoise_diffusers, "accelerate"),
+    "ours through diffusers, CUDA graph": (_denoise_diffusers, "accelerate graph"),
     "diffusers": (_denoise_diffusers, "eager"),
     "diffusers, compiled": (_denoise_diffusers, "compile"),
     "diffusers, compiled, CUDA graph": (_denoise_diffusers, "compile graph"),
@@ -205,40 +215,51 @@ def jobs(small: bool, quick: bool) -> Iterator[Job]:
         yield Job("training step", batch, 64, torch.bfloat16)
 
 
-def rows(job: Job, device: torch.device, providers: list[str] | None, small: bool) -> list[dict]:
-    """One row per provider. They cannot all be in memory at once: each is built, timed and freed in turn."""
-    params = TINY if small else SD15
-    table = []
-    for name, (build, how) in PROVIDERS[job.name].items():
-        if providers and not any(name.startswith(p) for p in providers):
-            continue
-        row = {"kind": "job", "job": job.name, "shape": job.label, "dtype": str(job.dtype).removeprefix("torch.")}
-        row |= {"layout": "channels_last", "provider": name}
-        if device.type != "cuda" and how != "eager":
-            reason = "CUDA graphs need a GPU" if "graph" in how else "compiling a whole U-Net for a CPU takes minutes"
-            table.append({**row, "reason": reason})
-            continue
-        table.append({**row, **_measure(job, build, how, device, params)})
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return table
+def blank(job: Job, provider: str) -> dict[str, Any]:
+    """The part of a row that is known before anything runs."""
+    row = {"kind": "job", "job": job.name, "shape": job.label, "dtype": str(job.dtype).removeprefix("torch.")}
+    return {**row, "layout": "channels_last", "provider": provider}
 
 
-def _measure(job: Job, build: Callable, how: str, device: torch.device, params: dict[str, Any]) -> dict:
+def row(
+    job: Job, provider: str, device: torch.device, small: bool, budget: Budget | None = None, each: float = math.inf
+) -> dict[str, Any]:
+    """The row of one provider, which is built, timed and freed: they cannot all be in memory at once.
+
+    Args:
+        small: reduced width, for a CPU.
+        budget: of the run; each: seconds that this provider may take before it is timed.
+    """
+    build, how = PROVIDERS[job.name][provider]
+    if device.type != "cuda" and ("graph" in how or "compile" in how):
+        reason = "CUDA graphs need a GPU" if "graph" in how else "compiling a whole U-Net for a CPU takes minutes"
+        return {**blank(job, provider), "reason": reason}
+    found = _measure(job, build, how, device, TINY if small else SD15, budget or Budget(), each)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return {**blank(job, provider), **found}
+
+
+def _measure(
+    job: Job, build: Callable, how: str, device: torch.device, params: dict[str, Any], budget: Budget, each: float
+) -> dict:
+    calls = LOOP_STEPS if job.name == "denoise loop" else 1
     try:
-        step = build(job, device, params, how)
-        calls = LOOP_STEPS if job.name == "denoise loop" else 1
+        with budget.provider(each):
+            step = build(job, device, params, how)
 
-        def run(i: int) -> None:
-            for _ in range(calls):
-                step()
+            def run(i: int) -> None:
+                for _ in range(calls):
+                    step()
 
-        peak = timing.peak_memory(run, device)
-        result = timing.time_one(run, device, rounds=7)
-    except Exception as error:  # a provider may fail in any way at all; its row says how
-        return {"reason": f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"}
-    images = job.batch * (calls if job.name == "denoise loop" else 1)
+            step()  # compiles what is compiled on first use
+            peak = timing.peak_memory(run, device)
+        with budget.provider():
+            result = timing.time_one(run, device, rounds=7)
+    except (Exception, OverBudget) as error:  # a provider may fail in any way at all; its row says how
+        return {"reason": timing.reason(error)}
+    images = job.batch * calls
     row = {**result.as_row(), "per_second": images / result.median, "peak_memory": peak}
     if job.side == 64 and device.type == "cuda":
         flops = TRAIN_FLOPS if job.name == "training step" else 2 * (UNET_FLOPS + CONTROL_FLOPS)

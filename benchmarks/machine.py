@@ -12,6 +12,7 @@ import torch
 from benchmarks import timing
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def version(package: str) -> str | None:

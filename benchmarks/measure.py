@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 import cnkernels
 from benchmarks import timing
+from benchmarks.budget import Budget, OverBudget
 from benchmarks.ops import Case
 from cnkernels import dispatch
 
@@ -28,9 +31,10 @@ def leaves_of(case: Case, tensors: list[Tensor | None]) -> list[Tensor | None]:
 
 def _outputs(case: Case, function: Callable, tensors: list[Tensor | None], upstream: Tensor | None) -> list[Tensor]:
     """The output, or the gradients, of one provider."""
-    out = function(*tensors)
     if case.direction == "forward":
-        return [out]
+        with torch.no_grad():  # as it will be timed: what is compiled is compiled once
+            return [function(*tensors)]
+    out = function(*tensors)
     return list(torch.autograd.grad(out, [tensors[i] for i in case.differentiable], upstream))
 
 
@@ -56,8 +60,9 @@ def run_of(case: Case, name: str, function: Callable, sets: list[list[Tensor | N
     return backward
 
 
-def errors(case: Case, device: torch.device) -> dict[str, float | str]:
+def errors(case: Case, device: torch.device, budget: Budget | None = None) -> dict[str, float | str]:
     """Relative root-mean-square error of each provider against eager PyTorch in float32; or why it has no result."""
+    budget = budget or Budget()
     torch.manual_seed(0)
     tensors = case.inputs(device)
     wide = leaves_of(case, [t if t is None else t.detach().float() for t in tensors])
@@ -67,11 +72,11 @@ def errors(case: Case, device: torch.device) -> dict[str, float | str]:
     errors: dict[str, float | str] = {}
     for name, function in case.providers.items():
         try:
-            with _backend(name):
+            with budget.provider(), _backend(name):
                 fresh = leaves_of(case, [t if t is None else t.detach().clone() for t in tensors])
                 results = _outputs(case, function, fresh, upstream)
-        except Exception as error:  # a peer may fail in any way at all; its row says how
-            errors[name] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        except (Exception, OverBudget) as error:  # a peer may fail in any way at all; its row says how
+            errors[name] = timing.reason(error)
             continue
         differences = [
             ((ours.float() - truth).norm() / truth.norm().clamp_min(1e-20)).item()
@@ -89,7 +94,29 @@ def refusal(name: str, errors: Mapping[str, float | str], dtype: torch.dtype) ->
     return None if error <= allowed else f"wrong: relative error {error:.1e}, PyTorch's own is {eager:.1e}"
 
 
-def rows(case: Case, device: torch.device, ceilings: Mapping[str, Any], refused: Mapping[str, str]) -> list[dict]:
+def blank(case: Case, provider: str) -> dict[str, Any]:
+    """The part of a row that is known before anything runs."""
+    return {
+        "kind": "op",
+        "op": case.op,
+        "shape": case.shape,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "layout": case.layout,
+        "direction": case.direction,
+        "provider": provider,
+        "floor_bytes": case.floor_bytes,
+        "floor_flops": case.floor_flops,
+    }
+
+
+@functorch_config.patch(donated_buffer=False)  # else a compiled backward pass runs once per graph, and has no time
+def rows(
+    case: Case,
+    device: torch.device,
+    ceilings: Mapping[str, Any],
+    refused: Mapping[str, str],
+    budget: Budget | None = None,
+) -> list[dict]:
     """One row per provider of a case.
 
     Args:
@@ -97,15 +124,18 @@ def rows(case: Case, device: torch.device, ceilings: Mapping[str, Any], refused:
         device: where.
         ceilings: of `machine.ceilings`, from which the floor follows.
         refused: backends of this op that get no row, with the reason: their tests fail on this machine.
+        budget: interrupts a provider that takes too long to give its first result.
     """
-    found = errors(case, device)
+    budget = budget or Budget()
+    allowed = {name: f for name, f in case.providers.items() if name not in refused}
+    found = errors(replace(case, providers=allowed), device, budget)
     reasons = {name: refused.get(name) or refusal(name, found, case.dtype) for name in case.providers}
     torch.manual_seed(0)
     first = case.inputs(device)
     count = timing.input_sets(timing.nbytes(*first), device)
     sets = [leaves_of(case, t) for t in [first, *(case.inputs(device) for _ in range(count - 1))]]
     runs = {name: run_of(case, name, f, sets) for name, f in case.providers.items() if reasons[name] is None}
-    timings = timing.time_together(runs, device, count)
+    timings = timing.time_together(runs, device, count, limit=budget.provider)
     matmul = ceilings.get(f"matmul_flops_per_s_{str(case.dtype).removeprefix('torch.')}")
     floor = max(case.floor_bytes / ceilings["copy_bytes_per_s"], case.floor_flops / matmul if matmul else 0.0)
     good = {name: t.median for name, t in timings.items() if isinstance(t, timing.Timing)}
@@ -113,17 +143,9 @@ def rows(case: Case, device: torch.device, ceilings: Mapping[str, Any], refused:
     table = []
     for name in case.providers:
         row = {
-            "kind": "op",
-            "op": case.op,
-            "shape": case.shape,
-            "dtype": str(case.dtype).removeprefix("torch."),
-            "layout": case.layout,
-            "direction": case.direction,
-            "provider": name,
+            **blank(case, name),
             "size": first[0].numel(),
             "head_dim": first[0].shape[-1] if case.op == "attention" else None,
-            "floor_bytes": case.floor_bytes,
-            "floor_flops": case.floor_flops,
             "floor_seconds": floor,
         }
         result = reasons[name] or timings[name]

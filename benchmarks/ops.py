@@ -40,13 +40,24 @@ class Case:
         return f"{self.op} {self.shape} {dtype} {self.layout} {self.direction}"
 
 
-def ours(op: str, function: Function) -> dict[str, Function]:
-    """Every backend of an op but the reference, and on a CPU the reference alone: the rest would be interpreted.
+def backends(op: str) -> list[str]:
+    """The backends of an op to time here: the compiled ones that this GPU is new enough for, else what `auto` takes.
 
-    The provider's name is the backend that `measure` forces around it.
+    On a CPU the compiled ones would be interpreted and emulated: such times say nothing.
     """
-    names = ["triton", "cuda"] if torch.cuda.is_available() else ["reference"]
-    return {name: function for name in names if (op, name) in dispatch.CAPABILITIES}
+    if torch.cuda.is_available():
+        here = torch.cuda.get_device_capability()
+        needs = {name: c.compute_capability for (of, name), c in dispatch.CAPABILITIES.items() if of == op}
+        compiled = [name for name in dispatch.BACKENDS if (0, 0) < needs.get(name, (0, 0)) <= here]
+        if compiled:
+            return compiled
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [dispatch.select(op, device, torch.float32)]
+
+
+def ours(op: str, function: Function) -> dict[str, Function]:
+    """The provider's name is the backend that `measure` forces around it."""
+    return dict.fromkeys(backends(op), function)
 
 
 def randn(device: torch.device, dtype: torch.dtype, *shape: int, scale: float = 1.0) -> Tensor:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Function = Callable[..., Tensor]
+SLOW = ("torch.compile", "flex")  # take seconds to compile on every new shape, and are timed last
 
 
 def compiled(eager: Function) -> dict[str, Function]:

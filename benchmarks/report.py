@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run import RESULTS
+from benchmarks.machine import RESULTS
 from cnkernels import dispatch
 
 OPEN, CLOSE = "<!-- benchmarks -->", "<!-- /benchmarks -->"
@@ -112,6 +112,7 @@ def tables(result: dict[str, Any]) -> str:
         f"{name} {m[name]}" for name in ("torch", "triton", "cuda", "driver", "diffusers") if m.get(name)
     )
     where = f"Measured on {m['device']} ({versions}) at commit {str(m['commit'])[:10]}, {m['date'][:10]}."
+    where += "" if result.get("finished", True) else " The run was cut short."
     ops, jobs = (any(row["kind"] == kind for row in result["rows"]) for kind in ("op", "job"))
     parts = [where, op_table(result["rows"]) if ops else "", job_table(result["rows"]) if jobs else ""]
     return "\n\n".join(part for part in parts if part)

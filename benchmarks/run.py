@@ -3,109 +3,177 @@
     python -m benchmarks.run [--quick] [--op OP] [--job JOB] [--shape TEXT] [--dtype DTYPE] [--provider NAME]
 
 On a GPU at SD 1.5's sizes; without one at sizes that a CPU gets through, to show that the whole of it works.
+
+A run ends within its budget: the commonest shapes go first, and what is ready at once (our kernels, eager PyTorch,
+libraries) before what must be compiled for minutes; what is not reached is a row that says so. A case that is reached
+again with its compiled providers is timed anew as a whole, so that a case's rows always come from one interleaved
+measurement. The file is rewritten after every step; a run that is killed leaves what it had.
 """
 
 import argparse
 import json
 import logging
+import math
+import os
 import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import gate, jobs, machine, measure, ops
+from benchmarks import gate, jobs, machine, measure, ops, peers, report
+from benchmarks.budget import NOT_REACHED, Budget
 from cnkernels import dispatch
 
 logger = logging.getLogger("benchmarks")
 
-RESULTS = Path(__file__).resolve().parent / "results"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+QUICK_SECONDS, FULL_SECONDS = 220.0, 520.0  # on a GPU; a CPU's small sizes take what they take
+OP_SECONDS, JOB_SECONDS = 40.0, 150.0  # of one provider until its first result
+QUICK_SHAPES = 4  # of each op
+JOB_PLACE = 1  # jobs come after the first shape of every op
+
+
+@dataclass(frozen=True)
+class Step:
+    """A piece of the run: steps are carried out by `slow`, then by `place`, then in the order of the file."""
+
+    label: str
+    slow: bool
+    place: int
+    run: Callable[[], list[dict]]
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="batch 2 and float16 only, one size of each job")
+    parser.add_argument("--quick", action="store_true", help="batch 2, float16, few shapes, one size of each job")
     parser.add_argument("--op", action="append", choices=dispatch.OPS, help="only this op; may be repeated")
     parser.add_argument("--job", action="append", choices=list(jobs.PROVIDERS), help="only this job; may be repeated")
     parser.add_argument("--shape", help="only shapes whose label contains this text")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this dtype; may be repeated")
     parser.add_argument("--provider", action="append", help="only these providers (and eager, the yardstick)")
+    text = f"seconds of the run; 0: no limit (default on a GPU: {QUICK_SECONDS:.0f} with --quick, {FULL_SECONDS:.0f})"
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help=text)
     parser.add_argument("--gate", type=Path, help="test statuses from benchmarks.gate; without it the tests run first")
     parser.add_argument("--output", type=Path, help="default: a dated file in benchmarks/results/<device>/")
     return parser.parse_args(argv)
 
 
-def selected(case: ops.Case, options: argparse.Namespace) -> ops.Case | None:
-    """The case with the providers asked for, or None if it was not asked for."""
-    if options.shape and options.shape not in case.label:
-        return None
-    if options.provider:
-        wanted = {"eager", *options.provider}
-        providers = {name: f for name, f in case.providers.items() if name in wanted}
-        return ops.Case(**{**vars(case), "providers": providers})
-    return case
+def budget_of(options: argparse.Namespace) -> Budget:
+    seconds = options.budget
+    if seconds is None:
+        seconds = 0.0 if not torch.cuda.is_available() else QUICK_SECONDS if options.quick else FULL_SECONDS
+    return Budget(seconds or math.inf, OP_SECONDS if torch.cuda.is_available() else math.inf)
 
 
-def op_rows(options: argparse.Namespace, device: torch.device, ceilings: dict, statuses: dict) -> list[dict]:
-    small = device.type != "cuda"
+def selected_cases(options: argparse.Namespace, small: bool) -> Iterable[tuple[int, ops.Case]]:
+    """(place of its shape in its op's list, case) of all that was asked for, with the providers asked for."""
     names = options.op or ([] if options.job else list(dispatch.OPS))
     batches = [1] if small else [2] if options.quick else [2, 16]
     default = ["float32"] if small else ["float16"] if options.quick else ["float16", "bfloat16"]
-    dtypes = [DTYPES[name] for name in options.dtype or default]
-    table = []
-    for case in ops.cases(names, batches, dtypes, small):
-        case = selected(case, options)
-        if case is None:
+    places: dict[tuple, int] = {}
+    for case in ops.cases(names, batches, [DTYPES[name] for name in options.dtype or default], small):
+        kind = (case.op, case.shape.split()[0], case.dtype, case.layout, case.direction)
+        places[kind] = place = places.get(kind, -1) + 1
+        if (options.quick and place >= QUICK_SHAPES) or (options.shape and options.shape not in case.label):
             continue
-        logger.info("%s", case.label)
-        table += measure.rows(case, device, ceilings, gate.refused(statuses[case.op]))
-        torch._dynamo.reset()
-    return table
+        if options.provider:
+            wanted = {"eager", *options.provider}
+            case = replace(case, providers={name: f for name, f in case.providers.items() if name in wanted})
+        yield place, case
 
 
-def job_rows(options: argparse.Namespace, device: torch.device) -> list[dict]:
-    if options.op and not options.job:
-        return []
+def selected_jobs(options: argparse.Namespace, small: bool) -> Iterable[jobs.Job]:
+    for job in jobs.jobs(small, options.quick) if options.job or not options.op else ():
+        if (not options.job or job.name in options.job) and (not options.shape or options.shape in job.label):
+            yield job
+
+
+def steps(
+    options: argparse.Namespace, device: torch.device, ceilings: dict, statuses: dict, budget: Budget
+) -> tuple[list[dict], list[Step]]:
+    """Every row, still blank, in the order of the file; and the steps that fill them, in the order of the run."""
     small = device.type != "cuda"
-    table = []
-    for job in jobs.jobs(small, options.quick):
-        if (options.job and job.name not in options.job) or (options.shape and options.shape not in job.label):
-            continue
-        logger.info("%s", job.label)
-        table += jobs.rows(job, device, options.provider, small)
-        torch._dynamo.reset()
-    return table
+    blank, found = [], []
+    for place, case in selected_cases(options, small):
+        blank += [measure.blank(case, name) for name in case.providers]
+        quick = {name: f for name, f in case.providers.items() if name not in peers.SLOW}
+        refused = gate.refused(statuses[case.op])
+        variants = [replace(case, providers=quick)] + ([case] if len(quick) < len(case.providers) else [])
+        for slow, variant in enumerate(variants):
+
+            def run(variant=variant, refused=refused):
+                return measure.rows(variant, device, ceilings, refused, budget)
+
+            found.append(Step(case.label, bool(slow), place, run))
+    for job in selected_jobs(options, small):
+        for name, (_, how) in jobs.PROVIDERS[job.name].items():
+            if options.provider and not any(name.startswith(p) for p in options.provider):
+                continue
+            blank.append(jobs.blank(job, name))
+
+            def run(job=job, name=name):
+                return [jobs.row(job, name, device, small, budget, JOB_SECONDS if not small else math.inf)]
+
+            slow = "compile" in how
+            found.append(Step(f"{job.label}: {name}", slow, len(found) if slow else JOB_PLACE, run))
+    return [{**row, "reason": NOT_REACHED} for row in blank], sorted(found, key=lambda s: (s.slow, s.place))
 
 
-def run(options: argparse.Namespace) -> dict:
-    """The whole run, as it is written to the file."""
+def merge(table: dict[tuple, dict], rows: list[dict]) -> None:
+    """Puts a step's rows in their places.
+
+    A second measurement of a case that ran out of budget half-way and lost a time changes reasons only, so that times
+    of two measurements are never mixed.
+    """
+    lost = any("median" in table[report.key(row)] and "median" not in row for row in rows)
+    for row in rows:
+        if not lost or ("median" not in table[report.key(row)] and "median" not in row):
+            table[report.key(row)] = row
+
+
+def run(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The whole run, as it is written to the file; `keep` gets what there is after every step."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    begin = time.monotonic()
+    begin, budget = time.monotonic(), budget_of(options)
     names = options.op or ([] if options.job else list(dispatch.OPS))
     statuses = json.loads(options.gate.read_text()) if options.gate else gate.statuses(names)
     dtypes = [DTYPES[name] for name in options.dtype or ("float16", "bfloat16")]
     dtypes = dtypes if device.type == "cuda" else [torch.float32]
     before = machine.ceilings(device, dtypes)
-    table = op_rows(options, device, before, statuses) + job_rows(options, device)
-    return {
-        "machine": machine.describe(device),
-        "ceilings_before": before,
-        "ceilings_after": machine.ceilings(device, dtypes),
-        "tests": statuses,
-        "seconds": time.monotonic() - begin,
-        "rows": table,
-    }
+    result = {"machine": machine.describe(device), "finished": False, "ceilings_before": before, "tests": statuses}
+    blank, todo = steps(options, device, before, statuses, budget)
+    table = {report.key(row): row for row in blank}
+    for step in todo:
+        if budget.left() <= 0:
+            logger.info("the budget is spent; not reached: %s and what follows", step.label)
+            break
+        logger.info("%6.0f s  %s%s", time.monotonic() - begin, step.label, " (with compiled)" if step.slow else "")
+        merge(table, step.run())
+        torch._dynamo.reset()
+        keep({**result, "seconds": time.monotonic() - begin, "rows": list(table.values())})
+    after = machine.ceilings(device, dtypes)
+    seconds = time.monotonic() - begin
+    return {**result, "finished": True, "ceilings_after": after, "seconds": seconds, "rows": list(table.values())}
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(partial, path)
 
 
 def main(argv: list[str] | None = None) -> Path:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = arguments(argv)
-    result = run(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    stamp = result["machine"]["date"].replace(":", "").split("+")[0]
-    path = options.output or RESULTS / machine.folder_name(device) / f"{stamp}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    stamp = time.strftime("%Y-%m-%dT%H%M%S", time.gmtime())
+    path = options.output or machine.RESULTS / machine.folder_name(device) / f"{stamp}.json"
+    result = run(options, lambda found: write(path, found))
+    write(path, result)
     logger.info("%d rows in %.0f s: %s", len(result["rows"]), result["seconds"], path)
     return path
 

@@ -8,10 +8,13 @@ how fast Python launches them. Longer calls are timed one after the other betwee
 import gc
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
+
+from benchmarks.budget import OverBudget
 
 Run = Callable[[int], object]
 
@@ -86,7 +89,11 @@ class _Clock:
 
 
 def time_together(
-    runs: Mapping[str, Run], device: torch.device, sets: int = 1, rounds: int = ROUNDS
+    runs: Mapping[str, Run],
+    device: torch.device,
+    sets: int = 1,
+    rounds: int = ROUNDS,
+    limit: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, Timing | str]:
     """Times several runs, turn and turn about; what fails is given as the reason, in words.
 
@@ -95,6 +102,7 @@ def time_together(
         device: where they run.
         sets: number of input sets; run(i) is called with i in [0, sets).
         rounds: turns of each provider.
+        limit: entered around the warm-up of each run, to interrupt one that takes too long (`Budget.provider`).
     """
     results: dict[str, Timing | str] = {}
     clocks: dict[str, _Clock] = {}
@@ -102,9 +110,10 @@ def time_together(
     with torch.cuda.stream(stream):  # a graph is captured on the stream that autograd has seen
         for name, run in runs.items():
             try:
-                clocks[name] = _Clock(run, sets, device, _warm_up(run, sets, device))
-            except Exception as error:  # a peer may fail in any way at all; its row says how
-                results[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+                with limit():
+                    clocks[name] = _Clock(run, sets, device, _warm_up(run, sets, device))
+            except (Exception, OverBudget) as error:  # a peer may fail in any way at all; its row says how
+                results[name] = reason(error)
         seconds: dict[str, list[float]] = {name: [] for name in clocks}
         gc.collect()
         for turn in range(rounds):
@@ -116,7 +125,7 @@ def time_together(
 
 
 def time_one(run: Run, device: torch.device, rounds: int = ROUNDS) -> Timing:
-    """Times one run; its error is raised."""
+    """Times one run. Raises RuntimeError with the reason if it fails."""
     result = time_together({"it": run}, device, rounds=rounds)["it"]
     if isinstance(result, str):
         raise RuntimeError(result)
@@ -152,6 +161,13 @@ def peak_memory(run: Run, device: torch.device) -> int | None:
     run(0)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def reason(error: BaseException) -> str:
+    """What the row of a provider that failed says."""
+    if isinstance(error, OverBudget):
+        return str(error)
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def nbytes(*tensors: Tensor | None) -> int:

@@ -1,11 +1,13 @@
 """The harness on things whose answer is known: a sleep, a copy, a run against itself, a provider that is wrong."""
 
+import threading
 import time
 
 import pytest
 import torch
 
-from benchmarks import gate, measure, ops, timing
+from benchmarks import gate, measure, ops, report, run, timing
+from benchmarks.budget import NOT_REACHED, Budget, OverBudget
 
 CPU = torch.device("cpu")
 
@@ -83,6 +85,107 @@ def test_a_backend_whose_tests_fail_gets_no_row():
     providers = {"eager": torch.square, "triton": torch.square}
     rows = measure.rows(case(**providers), CPU, {"copy_bytes_per_s": 1e10}, refused)
     assert rows[1]["reason"] == refused["triton"] and "median" not in rows[1]
+
+
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.cnkernels.test_geglu" name="test_one[cuda-float16]"/>
+<testcase classname="tests.cnkernels.test_geglu" name="test_latent[triton-float16]"><failure/></testcase>
+<testcase classname="tests.cnkernels.test_geglu" name="test_two[cuda-float32]"><skipped/></testcase>
+<testcase classname="tests.cnkernels.test_cuda_geglu" name="test_three"/>
+<testcase classname="tests.cnkernels.test_geglu_triton" name="test_four"><error/></testcase>
+<testcase classname="tests.cnkernels.test_attention" name="test_five[cuda]"><failure/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_the_gate_reads_a_report_of_all_tests(tmp_path):
+    path = tmp_path / "tests.xml"
+    path.write_text(REPORT)
+    cuda = gate.counts(path, "geglu", "cuda")
+    assert cuda == {"passed": 2, "failed": 0, "skipped": 1, "failures": []}
+    triton = gate.counts(path, "geglu", "triton")
+    assert triton["failures"] == ["test_latent[triton-float16]", "test_four"]
+    assert gate.counts(path, "geglu", "aten") == {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
+
+
+def test_a_provider_over_its_budget_is_a_row_that_says_so():
+    def stubborn(x):
+        """Catches every Exception, as an autotuner does that tries candidate after candidate."""
+        while True:
+            try:
+                time.sleep(0.01)
+            except Exception:
+                continue
+
+    budget = Budget(each=0.2)
+    begin = time.monotonic()
+    rows = measure.rows(case(eager=torch.square, slow=stubborn), CPU, {"copy_bytes_per_s": 1e10}, {}, budget)
+    assert time.monotonic() - begin < 5
+    assert rows[1]["reason"] == "stopped: not ready within its budget of 0.2 s" and "median" not in rows[1]
+    assert rows[0]["median"] > 0
+
+
+def test_an_interruption_that_is_caught_comes_again(monkeypatch):
+    monkeypatch.setattr("benchmarks.budget.AGAIN", 0.05)
+    caught = 0
+    with pytest.raises(OverBudget), Budget(each=0.05).provider():
+        while True:
+            try:
+                time.sleep(0.01)
+            except OverBudget:
+                caught += 1
+                if caught == 2:
+                    raise
+    time.sleep(0.2)  # and no more of them once the block is left
+
+
+def test_a_spent_budget_starts_nothing():
+    with pytest.raises(OverBudget, match=NOT_REACHED), Budget(0.0).provider():
+        pytest.fail("ran")
+
+
+def test_without_a_limit_any_thread_may_measure():
+    done = []
+
+    def measured():
+        with Budget().provider():
+            done.append(True)
+
+    thread = threading.Thread(target=measured)
+    thread.start()
+    thread.join()
+    assert done
+
+
+def test_a_run_that_is_out_of_budget_has_every_row_all_the_same(tmp_path):
+    path = tmp_path / "gate.json"
+    path.write_text('{"geglu": {}, "attention": {}}')
+    few = ["--op", "geglu", "--op", "attention", "--gate", str(path), "--output", str(tmp_path / "out.json")]
+    run.main([*few, "--budget", "0.001"])
+    rows = report.load(tmp_path / "out.json")["rows"]
+    assert {row["reason"] for row in rows} == {NOT_REACHED}
+    assert len(rows) == sum(len(c.providers) for c in ops.cases(["geglu", "attention"], [1], [torch.float32], True))
+
+
+def test_what_is_compiled_comes_last_and_the_first_shapes_first():
+    options = run.arguments(["--quick"])
+    _, steps = run.steps(options, CPU, {}, dict.fromkeys(ops.OPS, {}), Budget())
+    order = [(step.slow, step.place) for step in steps]
+    assert order == sorted(order) and {slow for slow, _ in order} == {False, True}
+    fast = [step.label.split()[0] for step in steps if step.place == 0 and not step.slow]
+    assert set(fast) == set(ops.OPS), "every op has its first shape before any has its second"
+
+
+def test_times_of_two_measurements_are_not_mixed():
+    def row(provider, **found):
+        return {"kind": "op", "provider": provider, **found}
+
+    first = [row("triton", median=1.0), row("eager", median=2.0), row("torch.compile", reason=NOT_REACHED)]
+    table = {report.key(r): r for r in first}
+    run.merge(table, [row("triton", median=9.0), row("eager", reason="x"), row("torch.compile", reason="stopped")])
+    assert list(table.values()) == [*first[:2], row("torch.compile", reason="stopped")]
+    again = [row("triton", median=1.1), row("eager", median=2.2), row("torch.compile", median=3.3)]
+    run.merge(table, again)
+    assert list(table.values()) == again
 
 
 def test_the_floor_is_the_slower_of_bytes_and_arithmetic():

@@ -1,0 +1,71 @@
+"""benchmarks/gpu_proof.sh with a stand-in for Python: what fails, hangs or is missing is told, and the rest runs."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_proof.sh"
+STEPS = ["env", "build", "tests", "gate", "memcheck", "racecheck", "initcheck", "bench", "report"]
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("bash") is None or shutil.which("timeout") is None, reason="needs bash and coreutils"
+)
+
+
+def proof(tmp_path, behaviour="", **limits):
+    """(exit status, step -> (status, note)) of the script, whose every Python command does as `behaviour` says."""
+    stub, nvcc = tmp_path / "python", tmp_path / "nvcc"
+    stub.write_text(f'#!/bin/sh\ncase "$*" in\n*is_available*) exit 1;;\n{behaviour}\n*) echo all good;;\nesac\n')
+    nvcc.write_text("#!/bin/sh\n")
+    for program in (stub, nvcc):
+        program.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_HOME"}
+    environment |= {"PYTHON": str(stub), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment |= {name: str(value) for name, value in limits.items()}
+    done = subprocess.run(
+        ["bash", SCRIPT, tmp_path / "out"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    told = {}
+    for line in (tmp_path / "out" / "summary.txt").read_text().splitlines():
+        if not line.startswith(" "):
+            name, status, seconds, _, note = line.split(maxsplit=4)
+            told[name] = status, note
+            assert seconds.isdigit()
+    return done.returncode, told
+
+
+def test_all_steps_run_and_the_gpu_is_said_to_be_missing(tmp_path):
+    code, told = proof(tmp_path)
+    assert code == 0
+    assert list(told) == ["gpu", *STEPS, "total"]
+    assert told["gpu"][0] == "skipped" and "no GPU" in told["gpu"][1]
+    assert {told[name][0] for name in STEPS} == {"ok"}
+    assert (tmp_path / "out" / "bench.log").read_text() == "all good\n"
+
+
+def test_a_step_that_fails_or_hangs_is_told_and_the_others_run(tmp_path):
+    behaviour = "*setup.py*) echo no compiler; exit 3;;\n*tests/benchmarks*) echo half-way; sleep 50;;"
+    code, told = proof(tmp_path, behaviour, TESTS_SECONDS=1)
+    assert code == 1
+    assert told["build"] == ("FAILED", "exit 3; no compiler")
+    assert told["tests"] == ("TIMEOUT", "stopped after its 1 s; half-way")
+    assert {told[name][0] for name in STEPS if name not in ("build", "tests")} == {"ok"}
+    assert told["total"] == ("FAILED", f"2 steps failed; everything is in {tmp_path / 'out'}")
+
+
+def test_what_is_not_installed_is_told_and_is_no_failure(tmp_path):
+    code, told = proof(tmp_path, "*find_spec*pytest*|*find_spec*ninja*) exit 1;;")
+    assert code == 0
+    assert told["build"] == ("skipped", "pybind11 or ninja is not installed: no CUDA kernels")
+    assert {told[name][0] for name in ("tests", "memcheck", "racecheck", "initcheck")} == {"skipped"}
+    assert told["bench"][0] == "ok"
+
+
+def test_the_whole_has_a_limit(tmp_path):
+    code, told = proof(tmp_path, "*cnkernels.env*) sleep 50;;", TOTAL_SECONDS=2)
+    assert code == 1
+    assert told["env"][0] == "TIMEOUT"
+    assert {told[name][0] for name in STEPS[1:]} == {"LEFT-OUT"}

@@ -89,7 +89,7 @@ else
 fi
 
 if has pytest; then
-    step tests "$TESTS_SECONDS" "$python" -m pytest -q "${workers[@]}" "--junitxml=$out/tests.xml" "${tests[@]}"
+    step tests "$TESTS_SECONDS" "$python" -m pytest "${workers[@]}" "--junitxml=$out/tests.xml" "${tests[@]}"
     [ $gpu = 0 ] || has xdist || skip xdist "pytest-xdist is not installed: the tests ran in one process"
 else
     skip tests "pytest is not installed, so no row of ours can be shown: benchmarks without tests are refused"
@@ -106,7 +106,7 @@ for tool in memcheck racecheck initcheck; do
     if ! has pytest; then
         skip $tool "pytest is not installed"
     elif [ $gpu = 0 ]; then
-        step $tool "$SANITIZER_SECONDS" "$python" -m pytest -q --collect-only "${sanitized[@]}" -k "$chosen"
+        step $tool "$SANITIZER_SECONDS" "$python" -m pytest --collect-only "${sanitized[@]}" -k "$chosen"
         echo "           (the tests that $tool would run on a GPU, collected only)" | tee -a "$summary"
     elif ! command -v compute-sanitizer >/dev/null; then
         skip $tool "compute-sanitizer is not installed"
@@ -114,7 +114,7 @@ for tool in memcheck racecheck initcheck; do
         # Without the caching allocator every tensor is an allocation of its own, so that an overrun is seen.
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 stop=TERM step $tool "$SANITIZER_SECONDS" \
             compute-sanitizer --tool $tool --target-processes all --launch-timeout 60 --error-exitcode 9 \
-            --print-limit 20 "$python" -m pytest -q -p no:cacheprovider "${sanitized[@]}" -k "$chosen" &
+            --print-limit 20 "$python" -m pytest -p no:cacheprovider "${sanitized[@]}" -k "$chosen" &
     fi
 done
 wait

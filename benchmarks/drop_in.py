@@ -1,0 +1,172 @@
+"""One denoise step of diffusers' modules and of the same modules after `controlnet.accelerate`, in one run.
+
+    python -m benchmarks.drop_in [--dtype fp32 bf16] [--threads N] [--repeats K] [--width small|sd15]
+                                 [--layout contiguous|channels_last] [--output FILE]
+
+A step is what diffusers' ControlNet pipeline does in its loop: a ControlNet and a U-Net on a batch of 2 (guidance),
+then the guided noise. Latents and timestep change from step to step, the prompt's states and the hint (512x512 at SD
+1.5's size) do not. Both sides share one set of random weights, of the layout given, and take turns; each goes first in
+turn. The ratio is that of the times of neighbouring turns: its median, 20th and 80th percentile. Memory: what the
+process holds more after the first steps of the accelerated modules than after those of diffusers' modules; on a GPU
+also the peak of each step.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import jobs, machine, timing
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WIDTHS = {"sd15": (jobs.SD15, 64), "small": (jobs.TINY, 32)}  # the model's parameters, side of the latents
+BATCH, STEPS = 2, 20
+Step = Callable[[int], Tensor]
+
+
+def pair(
+    params: dict[str, Any], device: torch.device, dtype: torch.dtype, layout: torch.memory_format
+) -> tuple[nn.Module, nn.Module]:
+    """diffusers' U-Net and ControlNet with random weights; the zero convolutions are not zero, or nothing is tested."""
+    torch.manual_seed(0)
+    unet, control = (m.requires_grad_(False).eval() for m in jobs.diffusers_networks(params, device))
+    for layer in (*control.controlnet_down_blocks, control.controlnet_mid_block):
+        nn.init.normal_(layer.weight, std=0.1 * layer.weight.shape[1] ** -0.5)
+    nn.init.normal_(control.controlnet_cond_embedding.conv_out.weight, std=0.02)
+    return unet.to(dtype, memory_format=layout), control.to(dtype, memory_format=layout)
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """Another module object with the very same tensors."""
+    with torch.device("meta"):
+        other = type(module).from_config(module.config)
+    other.load_state_dict(module.state_dict(keep_vars=True), assign=True)
+    return other.requires_grad_(False).eval()
+
+
+def denoise(unet: nn.Module, control: nn.Module, latents: list[Tensor], context: Tensor, hint: Tensor) -> Step:
+    """Step i of the loop, called as diffusers' pipeline calls its modules."""
+    schedule = torch.linspace(981, 1, STEPS, device=hint.device).long()
+
+    @torch.no_grad()
+    def step(i: int) -> Tensor:
+        x, t = torch.cat([latents[i % STEPS]] * 2), schedule[i % STEPS]
+        down, mid = control(
+            x,
+            t,
+            encoder_hidden_states=context,
+            controlnet_cond=hint,
+            conditioning_scale=1.0,
+            guess_mode=False,
+            return_dict=False,
+        )
+        noise = unet(
+            x,
+            t,
+            encoder_hidden_states=context,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=mid,
+            return_dict=False,
+        )[0]
+        uncond, cond = noise.chunk(2)
+        return uncond + 7.5 * (cond - uncond)
+
+    return step
+
+
+def seconds(step: Step, i: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    step(i)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def resident_bytes() -> int:
+    """Of this process, as Linux counts them."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def compare(
+    width: str, dtype: torch.dtype, layout: torch.memory_format, repeats: int, device: torch.device
+) -> dict[str, Any]:
+    """The figures of one dtype. Keys: dtype, diffusers, accelerated, ratio, difference, largest, memory."""
+    import controlnet
+
+    params, side = WIDTHS[width]
+    unet, control = pair(params, device, dtype, layout)
+    theirs, ours = (unet, control), (twin(unet), twin(control))
+    options = {"device": device, "dtype": dtype}
+    latents = [torch.randn(1, 4, side, side, **options) for _ in range(STEPS)]
+    context = torch.randn(BATCH, 77, params["context_dim"], **options)
+    hint = torch.rand(1, 3, 8 * side, 8 * side, **options).repeat(BATCH, 1, 1, 1)  # one picture, for both halves
+
+    slow = denoise(*theirs, latents, context, hint)
+    expected = [slow(i) for i in range(2)]
+    before = resident_bytes()
+    for module in ours:
+        controlnet.accelerate(module)
+    fast = denoise(*ours, latents, context, hint)
+    actual = [fast(i) for i in range(2)]
+    memory: dict[str, int | None] = {"added_resident": resident_bytes() - before}
+    for name, step in (("diffusers", slow), ("accelerated", fast)):
+        memory[f"peak_{name}"] = timing.peak_memory(step, device)
+
+    taken: dict[str, list[float]] = {"diffusers": [], "accelerated": []}
+    for turn in range(repeats):
+        order = [("diffusers", slow), ("accelerated", fast)]
+        for name, step in order if turn % 2 == 0 else order[::-1]:
+            taken[name].append(seconds(step, turn, device))
+    ratios = [ours / theirs for ours, theirs in zip(taken["accelerated"], taken["diffusers"], strict=True)]
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        **{name: timing.summarise(times, "wall clock").as_row() for name, times in taken.items()},
+        "ratio": timing.summarise(ratios, "of neighbouring turns").as_row(),
+        "difference": max((a.double() - b.double()).abs().max().item() for a, b in zip(actual, expected, strict=True)),
+        "largest": max(b.abs().max().item() for b in expected),
+        "memory": memory,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.drop_in", description=__doc__.split("\n")[0])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--threads", type=int, help="of PyTorch on a CPU (default: its own choice)")
+    parser.add_argument("--repeats", type=int, default=7, help="turns of each side (default: 7)")
+    parser.add_argument("--width", choices=WIDTHS, default="sd15", help="small: a tenth of SD 1.5's channels, 256x256")
+    parser.add_argument("--layout", choices=LAYOUTS, default="contiguous", help="of the weights (default: contiguous)")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    options = parser.parse_args(argv)
+    if options.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    print(f"{'':10}{'diffusers':>12}{'accelerated':>13}{'ratio':>8}   {'p20 to p80':16}{'difference':>12}{'added':>10}")
+    for name in options.dtype:
+        row = compare(options.width, DTYPES[name], LAYOUTS[options.layout], options.repeats, device)
+        rows.append(row)
+        ratio, added = row["ratio"], row["memory"]["added_resident"]
+        print(
+            f"{name:10}{row['diffusers']['median']:>10.3f} s{row['accelerated']['median']:>11.3f} s"
+            f"{ratio['median']:>8.3f}   {ratio['p20']:.3f} to {ratio['p80']:.3f}  "
+            f"{row['difference']:>12.2e}{added / 2**20:>6.0f} MiB"
+        )
+    if options.output:
+        result = {"machine": machine.describe(device), "width": options.width, "layout": options.layout, "rows": rows}
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,10 @@ python -m benchmarks.gate --report JUNIT.xml [--op OP] [--output FILE]  # reads 
 """
 
 import argparse
+import importlib.util
 import json
+import math
+import os
 import re
 import subprocess
 import sys
@@ -39,23 +42,29 @@ def counts(report: Path, op: str, backend: str) -> dict:
     return {"passed": passed, "failed": len(failures), "skipped": skipped, "failures": failures}
 
 
-def status(op: str, backend: str) -> dict:
-    """Runs the tests of one backend of an op; the result is that of `counts`."""
-    files = [str(TESTS / f"{name}.py") for name in sorted(names(op, backend)) if (ROOT / TESTS / f"{name}.py").exists()]
+def run_tests(of: dict[str, list[str]], report: Path, end: float = math.inf) -> None:
+    """Runs the tests of these ops' backends once and leaves a JUnit report; none begins after `end` (Unix seconds)."""
+    wanted = sorted({name for op, backends in of.items() for backend in backends for name in names(op, backend)})
+    files = [str(TESTS / f"{name}.py") for name in wanted if (ROOT / TESTS / f"{name}.py").exists()]
+    command = [sys.executable, "-m", "pytest", f"--junitxml={report}", *files]
+    command += ["-k", " or ".join(sorted({backend for backends in of.values() for backend in backends}))]
+    if end < math.inf:
+        command += ["-p", "benchmarks.deadline", "--end", str(end)]
+    if importlib.util.find_spec("xdist") and (processes := min(8, (os.cpu_count() or 1) // 2)) > 1:
+        command += ["-n", str(processes)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if not report.exists():
+        raise RuntimeError(f"the tests did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+
+def statuses(of: list[str], report: Path | None = None, end: float = math.inf) -> dict[str, dict[str, dict]]:
+    """Op -> backend -> `counts`, from a report or, without one, from running the tests until `end`."""
+    backends = {op: ops.backends(op) for op in of}
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *files, "-k", backend]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if not report.exists():
-            return {"passed": 0, "failed": 1, "skipped": 0, "failures": [done.stdout[-2000:] + done.stderr[-2000:]]}
-        return counts(report, op, backend)
-
-
-def statuses(of: list[str], report: Path | None = None) -> dict[str, dict[str, dict]]:
-    """Op -> backend -> `counts`, from a report or, without one, from running the tests."""
-    return {
-        op: {name: counts(report, op, name) if report else status(op, name) for name in ops.backends(op)} for op in of
-    }
+        if report is None and of:
+            report = Path(folder) / "report.xml"
+            run_tests(backends, report, end)
+        return {op: {name: counts(report, op, name) for name in backends[op]} for op in of}
 
 
 def refused(of_op: dict[str, dict]) -> dict[str, str]:

@@ -139,7 +139,10 @@ def run(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     begin, budget = time.monotonic(), budget_of(options)
     names = options.op or ([] if options.job else list(dispatch.OPS))
-    statuses = json.loads(options.gate.read_text()) if options.gate else gate.statuses(names)
+    if options.gate:
+        statuses = json.loads(options.gate.read_text())
+    else:
+        statuses = gate.statuses(names, end=time.time() + budget.left() / 2)
     dtypes = [DTYPES[name] for name in options.dtype or ("float16", "bfloat16")]
     dtypes = dtypes if device.type == "cuda" else [torch.float32]
     before = machine.ceilings(device, dtypes)

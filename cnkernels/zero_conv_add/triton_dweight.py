@@ -73,7 +73,8 @@ def _zero_conv_add_dweight_kernel(
         dweight_ptrs = dweight_ptr + offset[:, None] * depth + in_channel[None, :]
         tl.store(dweight_ptrs, dweight, mask=is_out[:, None] & is_in[None, :])
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + offset, tl.max(dbias, axis=1), mask=is_out & (pid % tiles == 0))
+        once = tl.where(pid % tiles == 0, channels, 0)  # the programs of the other tiles have the same sums
+        tl.store(dbias_ptr + offset, tl.max(dbias, axis=1), mask=out_channel < once)
 
 
 @triton.jit

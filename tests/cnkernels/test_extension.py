@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -34,6 +35,24 @@ def test_in_place_build_without_nvcc_says_so(tmp_path):
     done = setup_py(tmp_path, "build_ext", "--inplace")
     assert done.returncode != 0
     assert "nvcc was not found" in done.stderr
+
+
+def test_pip_installs_pure_python_without_nvcc(tmp_path):
+    """And the report says so once. A build with nvcc takes minutes: tests/cnkernels/installs.py."""
+    source, target = tmp_path / "source", tmp_path / "installed"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("cnkernels", "controlnet", "csrc"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    alone = {"PATH": "/nowhere", "HOME": str(tmp_path), "PYTHONPATH": str(target)}
+    pip = ["pip", "install", "-q", "--no-index", "--no-build-isolation", "--no-deps", "--target", target, source]
+    for command in (pip, ["cnkernels.env"]):
+        done = subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, env=alone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    (line,) = re.findall("^extension .*", done.stdout, re.MULTILINE)
+    assert "the CUDA extension is not built" in line
+    assert (target / "cnkernels" / "env.py").exists() and not [*target.rglob("*.so")]
 
 
 def test_a_package_without_the_extension_gives_the_reason(monkeypatch):

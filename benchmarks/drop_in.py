@@ -7,7 +7,8 @@ A step is what diffusers' ControlNet pipeline does in its loop: a ControlNet and
 then the guided noise. Latents and timestep change from step to step, the prompt's states and the hint (512x512 at SD
 1.5's size) do not. Both sides share one set of random weights, of the layout given, and take turns; each goes first in
 turn. The ratio is that of the times of neighbouring turns: its median, 20th and 80th percentile. Memory: what the
-process holds more after the first steps of the accelerated modules than after those of diffusers' modules; on a GPU
+process holds more after the first steps of the accelerated modules than after those of diffusers' modules (with
+contiguous weights these are the convolutions' in channels_last, too, since diffusers' side keeps its own); on a GPU
 also the peak of each step.
 """
 
@@ -44,10 +45,10 @@ def pair(
 
 
 def twin(module: nn.Module) -> nn.Module:
-    """Another module object with the very same tensors."""
+    """Another module object over the same memory; its parameters are its own, and may be given another layout."""
     with torch.device("meta"):
         other = type(module).from_config(module.config)
-    other.load_state_dict(module.state_dict(keep_vars=True), assign=True)
+    other.load_state_dict(module.state_dict(), assign=True)
     return other.requires_grad_(False).eval()
 
 

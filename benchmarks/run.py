@@ -4,10 +4,10 @@
 
 On a GPU at SD 1.5's sizes; without one at sizes that a CPU gets through, to show that the whole of it works.
 
-A run ends within its budget: the commonest shapes go first, and what is ready at once (our kernels, eager PyTorch,
-libraries) before what must be compiled for minutes; what is not reached is a row that says so. A case that is reached
-again with its compiled providers is timed anew as a whole, so that a case's rows always come from one interleaved
-measurement. The file is rewritten after every step; a run that is killed leaves what it had.
+A run ends within its budget: the commonest shapes go first, and on those what is ready at once (our kernels, eager
+PyTorch, libraries) before what must be compiled for minutes; what is not reached is a row that says so. A case that is
+reached again with its compiled providers is timed anew as a whole, so that a case's rows always come from one
+interleaved measurement. The file is rewritten after every step; a run that is killed leaves what it had.
 """
 
 import argparse
@@ -33,17 +33,24 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 QUICK_SECONDS, FULL_SECONDS = 220.0, 520.0  # on a GPU; a CPU's small sizes take what they take
 OP_SECONDS, JOB_SECONDS = 40.0, 150.0  # of one provider until its first result
 QUICK_SHAPES = 4  # of each op
-JOB_PLACE = 1  # jobs come after the first shape of every op
+JOB_PLACE, LAST = 1, 1000  # jobs come after the first shape of every op, compiled jobs at the very end
 
 
 @dataclass(frozen=True)
 class Step:
-    """A piece of the run: steps are carried out by `slow`, then by `place`, then in the order of the file."""
+    """A piece of the run. Steps are carried out by turn, and those of a turn in the order of the file.
+
+    What must be compiled waits for the first QUICK_SHAPES shapes of every op, not for the rarest.
+    """
 
     label: str
     slow: bool
     place: int
     run: Callable[[], list[dict]]
+
+    @property
+    def turn(self) -> tuple[int, bool]:
+        return self.place + QUICK_SHAPES * self.slow, self.slow
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -118,8 +125,8 @@ def steps(
                 return [jobs.row(job, name, device, small, budget, JOB_SECONDS if not small else math.inf)]
 
             slow = "compile" in how
-            found.append(Step(f"{job.label}: {name}", slow, len(found) if slow else JOB_PLACE, run))
-    return [{**row, "reason": NOT_REACHED} for row in blank], sorted(found, key=lambda s: (s.slow, s.place))
+            found.append(Step(f"{job.label}: {name}", slow, LAST if slow else JOB_PLACE, run))
+    return [{**row, "reason": NOT_REACHED} for row in blank], sorted(found, key=lambda step: step.turn)
 
 
 def merge(table: dict[tuple, dict], rows: list[dict]) -> None:

@@ -7,9 +7,11 @@ _EXPORTS = {
     "CheckpointError": "controlnet.checkpoints.archive",
     "ControlNet": "controlnet.controlnet",
     "UNet": "controlnet.unet",
+    "accelerate": "controlnet.diffusers",
     "add_control": "controlnet.checkpoints.convert",
     "convert": "controlnet.checkpoints.convert",
     "load": "controlnet.checkpoints.convert",
+    "restore": "controlnet.diffusers",
     "transfer": "controlnet.checkpoints.convert",
 }
 

@@ -12,7 +12,7 @@ from cnkernels.nn import ZeroConv2d
 from controlnet.architecture import ControlNetArchitecture
 from controlnet.layers import conv3x3, zeroed
 from controlnet.scales import Scale, check_scale, controlled
-from controlnet.unet import Trunk, check_shape
+from controlnet.unet import Context, Embedding, Trunk, check_shape
 
 
 class HintEncoder(nn.Sequential):
@@ -92,11 +92,12 @@ class ControlNet(Trunk):
         x: Tensor,
         hint: Tensor | None,
         timesteps: Tensor,
-        context: Tensor | None = None,
+        context: Context = None,
         *,
         residuals: Sequence[Tensor | None] | None = None,
         scales: Scale | Sequence[Scale] = 1.0,
         guided_hint: Tensor | None = None,
+        embedding: Embedding | None = None,
     ) -> list[Tensor]:
         """The residuals for the U-Net's skips, then the one for its middle block: 13 tensors for Stable Diffusion.
 
@@ -104,13 +105,14 @@ class ControlNet(Trunk):
             x: [N, in_channels, H, W], the same latents as the U-Net's, cast to the dtype of the weights.
             hint: [N, hint_channels, f * H, f * W] in [0, 1]; not read if guided_hint is given.
             timesteps: [N], integer or float, in the units of training.
-            context: [N, T, context_dim].
+            context: [N, T, context_dim], or `prepare_context` of it.
             residuals: the U-Net's skips and h. If given, each output is residual + scale * zero_conv(feature), ready
                 for `UNet.decode` without control: the addition is fused into the convolution.
             scales: strength of the control, one for all outputs or one for each: a number, a tensor 0-d or [N], or a
                 mask [N, 1, h, w] or [1, 1, h, w] of any size, averaged over areas to the size of each output. A number
                 that changes from call to call is better a tensor: nothing is compiled again.
             guided_hint: `encode_hint(hint)`, if it has been computed before.
+            embedding: `embed` or `prepare_timesteps` of the timesteps, if it has been computed before.
         """
         self._check_inputs(x, timesteps, context)
         count = len(self.skip_channels) + 1
@@ -128,7 +130,8 @@ class ControlNet(Trunk):
             check_shape("hint", hint, n, self.arch.hint_channels, f * height, f * width)
             guided_hint = self.encode_hint(hint)
         check_shape("guided_hint", guided_hint, n, self.arch.model_channels, height, width)
-        features = self._trunk(x, self.embed(timesteps), self._cast(context), guided_hint)
+        embedding = self.embed(timesteps) if embedding is None else embedding
+        features = self._trunk(x, embedding, self._cast(context), guided_hint)
         zero_convs = [*self.zero_convs, self.middle_block_out]
         return [
             controlled(conv[0], feature, residual, scale)

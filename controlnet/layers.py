@@ -21,6 +21,14 @@ from controlnet.architecture import GROUPS
 Size = tuple[int, int]
 
 
+class Prepared(dict[nn.Module, Any]):
+    """What layers make of an input that stays the same over many calls, by layer. It takes the input's place."""
+
+    def rows(self, start: int, end: int) -> "Prepared":
+        """That of the rows [start, end) of the input."""
+        return Prepared({layer: result[start:end] for layer, result in self.items()})
+
+
 class Conv2d(nn.Conv2d):
     """nn.Conv2d with square strides that keeps its input only for the gradient of its weight, and no promised input."""
 
@@ -166,11 +174,11 @@ class ResBlock(nn.Module):
         )
         self.skip_connection = nn.Identity() if channels == out_channels else Conv1x1(channels, out_channels)
 
-    def forward(self, x: Tensor, embedding: Tensor, size: Size | None = None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor | Prepared, size: Size | None = None) -> Tensor:
         """x [N, channels, H, W], embedding [N, embedding_channels], size: of the output if `up`."""
         return checkpointed(self._forward, x, embedding, size, enabled=self.use_checkpoint, dropout=self.dropout)
 
-    def _forward(self, x: Tensor, embedding: Tensor, size: Size | None) -> Tensor:
+    def _forward(self, x: Tensor, embedding: Tensor | Prepared, size: Size | None) -> Tensor:
         norm, _, conv = self.in_layers
         if self.down:
             h, x = conv(F.avg_pool2d(norm(x), 2)), F.avg_pool2d(x, 2)
@@ -179,7 +187,8 @@ class ResBlock(nn.Module):
             h = conv(h)
         else:
             h = conv(norm.later(x))
-        h = self._second(h, self.emb_layers(embedding))
+        projected = embedding[self] if isinstance(embedding, Prepared) else self.emb_layers(embedding)
+        h = self._second(h, projected)
         return h + x if isinstance(self.skip_connection, nn.Identity) else self.skip_connection(x, h)
 
     def _second(self, h: Tensor, embedding: Tensor) -> Tensor:

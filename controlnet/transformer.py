@@ -16,7 +16,7 @@ from cnkernels import layout, recompute
 from cnkernels.nn import GroupNormSiLU
 from cnkernels.recompute import Later
 from controlnet.architecture import GROUPS
-from controlnet.layers import checkpointed, zeroed
+from controlnet.layers import Prepared, checkpointed, zeroed
 
 
 class Linear(nn.Linear):
@@ -79,6 +79,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.attend = attention_function(use_flash_attention)
+        self.reads_context = context_dim is not None
         if context_dim is None:
             self.packed, self.parts = "to_qkv", ("to_q", "to_k", "to_v")
         else:
@@ -88,15 +89,23 @@ class CrossAttention(nn.Module):
         self.register_parameter(self.packed, packed.weight)
         self.to_out = nn.Sequential(LinearAdd(channels, channels))
 
-    def forward(self, tokens: Later, context: Tensor | None, residual: Tensor) -> Tensor:
+    def forward(self, tokens: Later, context: Tensor | Prepared | None, residual: Tensor) -> Tensor:
         """tokens, residual [N, S, channels], context [N, T, context_dim] or None -> [N, S, channels]."""
         if context is None:
-            packed = recompute.chain(tokens, recompute.Linear(), self.to_qkv)
-            q, k, v = packed.unflatten(2, (3, self.heads, -1)).unbind(2)  # [N, S, H, D]
+            q, k, v = self.project(tokens)
         else:
             q = self.to_q(tokens).unflatten(2, (self.heads, -1))
-            k, v = F.linear(context, self.to_kv).unflatten(2, (2, self.heads, -1)).unbind(2)
+            k, v = (context[self] if isinstance(context, Prepared) else self.project_context(context)).unbind(2)
         return self.to_out[0](self.attend(q, k, v).flatten(2), residual)
+
+    def project(self, tokens: Later) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v [N, S, H, D] of tokens that attend to themselves."""
+        packed = recompute.chain(tokens, recompute.Linear(), self.to_qkv)
+        return packed.unflatten(2, (3, self.heads, -1)).unbind(2)
+
+    def project_context(self, context: Tensor) -> Tensor:
+        """k and v of a context, [N, T, 2, H, D]."""
+        return F.linear(context, self.to_kv).unflatten(2, (2, self.heads, -1))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -169,10 +178,10 @@ class BasicTransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(channels)
         self.norm3 = nn.LayerNorm(channels)
 
-    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, context: Tensor | Prepared) -> Tensor:
         return checkpointed(self._forward, tokens, context, enabled=self.use_checkpoint)
 
-    def _forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+    def _forward(self, tokens: Tensor, context: Tensor | Prepared) -> Tensor:
         later = recompute.layer_norm
         tokens = self.attn1(later(self.norm1, tokens), context if self.disable_self_attn else None, tokens)
         tokens = self.attn2(later(self.norm2, tokens), context, tokens)
@@ -207,7 +216,7 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = zeroed(TokenLinearAdd(channels, channels, kernel_dims))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | Prepared) -> Tensor:
         """x [N, C, H, W], context [N, T, context_dim]."""
         tokens = self.proj_in(self.norm.later(x))
         for block in self.transformer_blocks:

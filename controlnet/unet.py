@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from cnkernels.nn import GroupNormSiLU
 from controlnet.architecture import GROUPS, Architecture, UNetArchitecture
-from controlnet.layers import Downsample, ResBlock, Size, TimestepEmbedding, Upsample, conv3x3, zeroed
-from controlnet.transformer import AttentionBlock, SpatialTransformer
+from controlnet.layers import Downsample, Prepared, ResBlock, Size, TimestepEmbedding, Upsample, conv3x3, zeroed
+from controlnet.transformer import AttentionBlock, CrossAttention, SpatialTransformer
+
+Embedding = Tensor | Prepared  # [N, 4 * model_channels], or of `Trunk.prepare_timesteps`
+Context = Tensor | Prepared | None  # [N, T, context_dim], or of `Trunk.prepare_context`
 
 
 def check_shape(name: str, tensor: Tensor | None, *expected: int | str) -> None:
@@ -25,7 +28,7 @@ def check_shape(name: str, tensor: Tensor | None, *expected: int | str) -> None:
 class TimestepSequential(nn.Sequential):
     """Layers in sequence, each given what it takes of the timestep embedding, the context and the size to reach."""
 
-    def forward(self, h: Tensor, embedding: Tensor, context: Tensor | None, size: Size | None = None) -> Tensor:
+    def forward(self, h: Tensor, embedding: Embedding, context: Context, size: Size | None = None) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 h = layer(h, embedding, size)
@@ -116,8 +119,25 @@ class Trunk(nn.Module):
         """The timestep embedding [N, 4 * model_channels] of timesteps [N], integer or float."""
         return self.time_embed(timesteps)
 
+    def prepare_timesteps(self, timesteps: Tensor) -> Prepared:
+        """What every residual block makes of timesteps [N]: the `embedding` of any number of calls.
+
+        A whole schedule is prepared at once, and each step takes its `rows`. To be prepared again when weights change.
+        """
+        embedding = self.embed(timesteps)
+        return Prepared({m: m.emb_layers(embedding) for m in self.modules() if isinstance(m, ResBlock)})
+
+    def prepare_context(self, context: Tensor) -> Prepared:
+        """The keys and values of a context [N, T, context_dim]: the `context` of any number of calls.
+
+        To be prepared again when weights change.
+        """
+        check_shape("context", context, "N", "T", self.arch.context_dim)
+        attentions = (m for m in self.modules() if isinstance(m, CrossAttention) and m.reads_context)
+        return Prepared({m: m.project_context(context.to(self.dtype)) for m in attentions})
+
     def _trunk(
-        self, x: Tensor, embedding: Tensor, context: Tensor | None, guided_hint: Tensor | None = None
+        self, x: Tensor, embedding: Embedding, context: Context, guided_hint: Tensor | None = None
     ) -> list[Tensor]:
         """The outputs of all input blocks, then that of the middle block."""
         first, *blocks = self.input_blocks
@@ -130,14 +150,14 @@ class Trunk(nn.Module):
             features.append(h)
         return features
 
-    def _check_inputs(self, x: Tensor, timesteps: Tensor, context: Tensor | None) -> None:
+    def _check_inputs(self, x: Tensor, timesteps: Tensor, context: Context) -> None:
         check_shape("x", x, "N", self.arch.in_channels, "H", "W")
         check_shape("timesteps", timesteps, x.shape[0])
-        if self.arch.use_spatial_transformer:
+        if self.arch.use_spatial_transformer and not isinstance(context, Prepared):
             check_shape("context", context, x.shape[0], "T", self.arch.context_dim)
 
-    def _cast(self, context: Tensor | None) -> Tensor | None:
-        return None if context is None else context.to(self.dtype)
+    def _cast(self, context: Context) -> Context:
+        return context.to(self.dtype) if isinstance(context, Tensor) else context
 
 
 class UNet(Trunk):
@@ -180,15 +200,15 @@ class UNet(Trunk):
         )
 
     def encode(
-        self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, *, embedding: Tensor | None = None
+        self, x: Tensor, timesteps: Tensor, context: Context = None, *, embedding: Embedding | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """The encoder and the middle block.
 
         Args:
             x: [N, in_channels, H, W], cast to the dtype of the weights.
             timesteps: [N], integer or float, in the units of training (0 to 999 for Stable Diffusion).
-            context: [N, T, context_dim]; not read without `use_spatial_transformer`.
-            embedding: `embed(timesteps)`, if it has been computed before.
+            context: [N, T, context_dim], or `prepare_context` of it; not read without `use_spatial_transformer`.
+            embedding: `embed` or `prepare_timesteps` of the timesteps, if it has been computed before.
 
         Returns:
             h, the middle block's output, and the skips, the output of each input block: 12 for Stable Diffusion.
@@ -204,10 +224,10 @@ class UNet(Trunk):
         skips: Sequence[Tensor],
         control: Sequence[Tensor] | None,
         timesteps: Tensor,
-        context: Tensor | None = None,
+        context: Context = None,
         *,
         only_mid_control: bool = False,
-        embedding: Tensor | None = None,
+        embedding: Embedding | None = None,
     ) -> Tensor:
         """The decoder, on skips[i] + control[i] and h + control[-1].
 
@@ -237,12 +257,13 @@ class UNet(Trunk):
         self,
         x: Tensor,
         timesteps: Tensor,
-        context: Tensor | None = None,
+        context: Context = None,
         control: Sequence[Tensor] | None = None,
         only_mid_control: bool = False,
+        embedding: Embedding | None = None,
     ) -> Tensor:
         """encode, then decode; the arguments are theirs."""
-        embedding = self.embed(timesteps)
+        embedding = self.embed(timesteps) if embedding is None else embedding
         h, skips = self.encode(x, timesteps, context, embedding=embedding)
         return self.decode(
             h, skips, control, timesteps, context, only_mid_control=only_mid_control, embedding=embedding

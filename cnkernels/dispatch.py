@@ -11,9 +11,10 @@ import torch
 from cnkernels import extension, tuning, variables
 
 OPS = ("attention", "group_norm_silu", "zero_conv_add", "geglu")
-BACKENDS = ("triton", "cuda", "reference")  # the order in which `auto` tries them where nothing measured says otherwise
+BACKENDS = ("triton", "cuda", "aten", "reference")  # `auto` tries them in this order, but for what was measured
+ON_CPU = ("aten", "reference")  # the same on a CPU: there the kernels of the others only run to be tested
 
-_MODULES = {"reference": "reference", "triton": "triton_kernels", "cuda": "cuda_kernels"}
+_MODULES = {"triton": "triton_kernels", "cuda": "cuda_kernels", "aten": "aten_kernels", "reference": "reference"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ CAPABILITIES = {
     ("group_norm_silu", "reference"): Capability(_ALL),
     ("zero_conv_add", "reference"): Capability(_ALL),
     ("geglu", "reference"): Capability(_ALL),
+    ("attention", "aten"): Capability(_NARROW),
+    ("group_norm_silu", "aten"): Capability(_NARROW),
+    ("zero_conv_add", "aten"): Capability(_NARROW),
+    ("geglu", "aten"): Capability(_NARROW),
     ("attention", "triton"): Capability(_NARROW, compute_capability=(8, 0), head_dims=range(1, 257)),
     ("attention", "cuda"): Capability(_HALF, compute_capability=(8, 0), head_dims=(40, 64, 80, 128, 160)),
     ("group_norm_silu", "triton"): Capability(_NARROW, compute_capability=(8, 0)),
@@ -72,7 +77,7 @@ def backend(name: str) -> Iterator[None]:
     see it too.
 
     Args:
-        name: "reference", "triton", "cuda" or "auto".
+        name: "triton", "cuda", "aten" (PyTorch's own kernels, on any device), "reference" or "auto".
 
     Raises:
         ValueError: `name` is none of these. A backend that cannot serve a call raises at that call, and says why.
@@ -109,7 +114,7 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, hea
         return f"the {backend} backend of {op} does not serve {dtype}"
     if head_dim is not None and capability.head_dims is not None and head_dim not in capability.head_dims:
         return f"the {backend} backend of {op} does not serve head dimension {head_dim}"
-    if backend == "reference":
+    if backend in ON_CPU:  # and on every other device
         return None
     if device.type not in ("cpu", "cuda"):
         return f"the {backend} backend of {op} does not serve device {device.type}"
@@ -123,8 +128,9 @@ def select(
 ) -> str:
     """The name of the backend that serves such a call.
 
-    Forced: that one, or a ValueError that says why it cannot. "auto": on a CPU the reference; elsewhere the one that
-    was measured to be fastest for calls like it (`cnkernels.tuning`), or else the first of `BACKENDS` that can.
+    Forced: that one, or a ValueError that says why it cannot. "auto": on a CPU the first of `ON_CPU` that can;
+    elsewhere the one that was measured to be fastest for calls like it (`cnkernels.tuning`), or else the first of
+    `BACKENDS` that can.
 
     Args:
         size: elements of the first input, where it is known.
@@ -135,10 +141,10 @@ def select(
         if reason:
             raise ValueError(f"{op}: backend {forced!r} is forced, but {reason}")
         return forced
-    if device.type == "cpu":
-        return "reference"
-    measured = None if size is None else tuning.measured(op, device, dtype, size, head_dim)
-    order = BACKENDS if measured is None else (measured, *BACKENDS)
+    order = ON_CPU if device.type == "cpu" else BACKENDS
+    if device.type == "cuda" and size is not None:
+        measured = tuning.measured(op, device, dtype, size, head_dim)
+        order = order if measured is None else (measured, *order)
     return next(name for name in order if why_not(op, name, device, dtype, head_dim) is None)
 
 

@@ -19,12 +19,25 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def backends(op: str) -> list:
-    """The backends of `op` as pytest parameters; one that cannot run here is skipped, with the reason."""
+    """The backends of `op` as pytest parameters; one that cannot run here in any dtype is skipped, with the reason."""
     parameters = []
     for name in sorted(name for known, name in dispatch.CAPABILITIES if known == op):
-        reason = dispatch.why_not(op, name, DEVICE, torch.float32)
-        parameters.append(pytest.param(name, marks=[pytest.mark.skip(reason=reason)] if reason else []))
+        reasons = [dispatch.why_not(op, name, DEVICE, dtype) for dtype in DTYPES]
+        marks = [] if None in reasons else [pytest.mark.skip(reason=reasons[0])]
+        parameters.append(pytest.param(name, marks=marks))
     return parameters
+
+
+def skip_unless_served(op: str, backend: str, dtype: torch.dtype, head_dim: int | None = None) -> None:
+    """Skips the test, with the reason, where `backend` does not serve such a call."""
+    reason = dispatch.why_not(op, backend, DEVICE, dtype, head_dim)
+    if reason:
+        pytest.skip(reason)
+
+
+def dtype_of(op: str, backend: str) -> torch.dtype:
+    """float32, or if `backend` does not serve it the first of `DTYPES` that it does: for a test that needs but one."""
+    return next(dtype for dtype in DTYPES if dispatch.why_not(op, backend, DEVICE, dtype) is None)
 
 
 def randn(*shape: int, scale: float = 1.0, offset: float = 0.0) -> Tensor:

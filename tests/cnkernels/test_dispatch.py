@@ -19,16 +19,23 @@ def ampere(monkeypatch):
 
 
 @pytest.mark.parametrize("op", dispatch.OPS)
-def test_a_cpu_gets_the_reference(op):
+def test_a_cpu_gets_pytorch_s_kernels(op):
     with cnkernels.backend("auto"):
-        assert dispatch.select(op, CPU, torch.float32) == "reference"
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            assert dispatch.select(op, CPU, dtype, size=100) == "aten"
+        assert dispatch.select(op, CPU, torch.float64) == "reference"
+
+
+def test_another_device_gets_pytorch_s_kernels():
+    with cnkernels.backend("auto"):
+        assert dispatch.select("geglu", torch.device("mps"), torch.float16, size=100) == "aten"
 
 
 def test_a_gpu_gets_the_first_backend_that_can(ampere):
     with cnkernels.backend("auto"):
         assert dispatch.select("attention", GPU, torch.float16, head_dim=40) == "triton"
         assert dispatch.select("attention", GPU, torch.float64, head_dim=40) == "reference"
-        assert dispatch.select("attention", GPU, torch.float16, head_dim=512) == "reference"
+        assert dispatch.select("attention", GPU, torch.float16, head_dim=512) == "aten"
 
 
 def test_a_measured_table_is_followed_where_its_backend_can_serve(ampere, monkeypatch):
@@ -40,10 +47,10 @@ def test_a_measured_table_is_followed_where_its_backend_can_serve(ampere, monkey
         assert dispatch.select("attention", GPU, torch.bfloat16, head_dim=40, size=900) == "triton"
 
 
-def test_an_old_gpu_gets_the_reference(ampere, monkeypatch):
+def test_an_old_gpu_gets_pytorch_s_kernels(ampere, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     with cnkernels.backend("auto"):
-        assert dispatch.select("geglu", GPU, torch.float16) == "reference"
+        assert dispatch.select("geglu", GPU, torch.float16) == "aten"
 
 
 def test_a_forced_backend_that_cannot_serve_says_why():
@@ -69,5 +76,6 @@ def test_the_environment_report_names_every_op_and_why():
     done = subprocess.run([sys.executable, "-m", "cnkernels.env"], capture_output=True, text=True, check=True)
     for op in dispatch.OPS:
         assert op in done.stdout
+        assert "not aten" not in done.stdout  # it serves every dtype that the report asks for, on any device
     assert "torch" in done.stdout and "extension" in done.stdout and "CNKERNELS_BACKEND=" in done.stdout
     assert done.stderr == ""

@@ -1,0 +1,158 @@
+"""Attention of PyTorch's own kernels. On a CPU: blocks of scores that stay in the cache, head by head, in float32.
+
+PyTorch's flash attention for the CPU is neither as fast nor within the tests' rule: its exp is approximate, and its
+backward takes probabilities from the rounded log-sum-exp.
+
+In bfloat16 most of the time would go into exponentials and their passes over memory; `_fwd_fused` has none. Softmax
+needs exp(s - c) with any c of a row, if nothing overflows and nothing that counts underflows; for t well below zero
+sigmoid(t) is exp(t); and oneDNN takes a sigmoid of a product's accumulators. So exp(s - c) comes out of the product
+q k^T itself, where c is one more column of q beside a column of ones of k. In float32 this would lose the digits that
+s - c has before its point, and softmax has a pass of its own.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from cnkernels import onednn
+from cnkernels.attention import reference
+
+_BLOCK = 1 << 19  # scores of one block, for each thread
+_MANY = 512  # fewer queries or keys do not repay what `_fused_operands` costs
+_DEPTH = 8.0  # sigmoid(t) for t <= -8 is exp(t) to a fifth of a rounding of bfloat16
+_LEAST = 87.0  # exp(-87) is the last that bfloat16, as float32, holds as a normal number
+_SCORES = 1 << 25  # that are there at once on another device
+_EVEN = 256.0  # up to here bfloat16 rounds c by no more than a half
+
+
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    if q.device.type != "cpu":
+        return _fwd_elsewhere(q, k, v, scale)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    operands = None
+    if q.dtype == torch.bfloat16 and onednn.serves(q) and min(q.shape[1], k.shape[1]) >= _MANY:
+        operands = _fused_operands(q, k, v, scale)
+    if operands is None:
+        _fwd_plain(q, k, v, scale, out, lse)
+    else:
+        _fwd_fused(*operands, out, lse)
+    return out, lse
+
+
+def attention_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, need: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if q.device.type != "cpu":
+        return _bwd_elsewhere(dout, q, k, v, out, lse, scale, need)
+    gradients = tuple(
+        torch.empty(t.shape, dtype=t.dtype) if wanted else None for t, wanted in zip((q, k, v), need, strict=True)
+    )
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            one_head = _bwd_of_head(*(t[b, :, h].float().contiguous() for t in (dout, q, k, v)), scale, need)
+            for whole, part in zip(gradients, one_head, strict=True):
+                if whole is not None:
+                    whole[b, :, h] = part
+    return gradients
+
+
+def _fwd_plain(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            queries, keys = (t[b, :, h].float().contiguous() for t in (q, k))
+            values = v[b, :, h].float().t().contiguous()
+            for block in _blocks(queries, keys):
+                scores = onednn.linear(queries[block], keys).mul_(scale)  # [rows, Sk]; a scaled q would be rounded
+                p = torch.softmax(scores, 1)
+                out[b, block, h] = onednn.linear(p, values)
+                torch.sub(scores.amax(1), p.amax(1).log_(), out=lse[b, h, block])
+
+
+def _bwd_of_head(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, need: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of [S, D] float32 tensors, by the reference's formulas; zero where not needed."""
+    dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
+    k_by_dim = k.t().contiguous()
+    for block in _blocks(q, k):
+        p = torch.softmax(onednn.linear(q[block], k).mul_(scale), 1)
+        if need[2]:
+            dv.addmm_(p.t(), dout[block])
+        if not (need[0] or need[1]):
+            continue
+        dp = onednn.linear(dout[block], v)
+        ds = dp.sub_((p * dp).sum(1, keepdim=True)).mul_(p).mul_(scale)
+        if need[0]:
+            dq[block] = onednn.linear(ds, k_by_dim)
+        if need[1]:
+            dk.addmm_(ds.t(), q[block])
+    return dq, dk, dv
+
+
+def _blocks(q: Tensor, k: Tensor) -> list[slice]:
+    """Rows of q whose scores with all of k make one block."""
+    rows = max(64, _BLOCK * torch.get_num_threads() // k.shape[0])
+    return [slice(first, first + rows) for first in range(0, q.shape[0], rows)]
+
+
+def _fused_operands(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """What the fused products multiply, or None where exponentials could underflow or a value is not finite.
+
+    Returns:
+        queries, keys: [B, H, S, 2 D + 1] with queries keys^T = scale * q k^T - c; scale * q is a sum of two bfloat16.
+        values: [B, H, D, Sk].
+        c: [B, H, Sq], float32 that bfloat16 holds.
+    """
+    wide_q, wide_k = q.transpose(1, 2).float() * scale, k.transpose(1, 2).float()
+    # A row's maximum is at least its mean, q . mean(k), and exceeds it by at most |q| max |k - mean(k)|.
+    centre = wide_k.mean(2, keepdim=True)  # [B, H, 1, D]
+    radius = torch.linalg.vector_norm(wide_k - centre, dim=3).amax(2, keepdim=True)  # [B, H, 1]
+    reach = torch.linalg.vector_norm(wide_q, dim=3) * radius  # [B, H, Sq]
+    c = (wide_q * centre).sum(3) + reach + _DEPTH
+    # The terms that underflow, at most Sk, sum up to less than exp(-_DEPTH) of a row's largest.
+    in_range = (reach.max() <= _LEAST - 2 * _DEPTH - math.log(k.shape[1])) & (c.abs().max() <= _EVEN)
+    if not bool(in_range & torch.isfinite(v).all()):
+        return None
+    c = c.to(q.dtype)
+    high = wide_q.to(q.dtype)
+    low = (wide_q - high).to(q.dtype)
+    keys, ones = k.transpose(1, 2), torch.ones((), dtype=q.dtype).expand(*wide_k.shape[:3], 1)
+    queries, keys = torch.cat((high, low, -c[..., None]), 3), torch.cat((keys, keys, ones), 3)
+    return queries, keys, v.permute(0, 2, 3, 1).contiguous(), c.float()
+
+
+def _fwd_fused(queries: Tensor, keys: Tensor, values: Tensor, c: Tensor, out: Tensor, lse: Tensor) -> None:
+    for b in range(c.shape[0]):
+        for h in range(c.shape[1]):
+            for block in _blocks(queries[b, h], keys[b, h]):
+                p = onednn.linear_sigmoid(queries[b, h, block], keys[b, h])  # [rows, Sk]: exp(s - c)
+                total = p.sum(1, dtype=torch.float32)
+                torch.div(onednn.linear(p, values[b, h]), total[:, None], out=out[b, block, h])
+                torch.add(total.log_(), c[b, h, block], out=lse[b, h, block])
+
+
+def _fwd_elsewhere(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The reference on a block of queries at a time, which bounds the scores that are there at once."""
+    parts = [reference.attention_fwd(part, k, v, scale) for part in _parts(q, k)]
+    out, lse = zip(*parts, strict=True)
+    return torch.cat(out, 1), torch.cat(lse, 2)
+
+
+def _bwd_elsewhere(dout, q, k, v, out, lse, scale, need):
+    dtype = q.dtype
+    dout, q, k, v = (t.float() for t in (dout, q, k, v))
+    dq, dk, dv = [], None, None
+    for dout_part, q_part in zip(_parts(dout, k), _parts(q, k), strict=True):
+        gradients = reference.attention_bwd(dout_part, q_part, k, v, out, lse, scale, need)
+        dq.append(gradients[0])
+        dk, dv = (part if total is None else total + part for total, part in zip((dk, dv), gradients[1:], strict=True))
+    gradients = (torch.cat(dq, 1) if need[0] else None, dk, dv)
+    return tuple(g if g is None else g.to(dtype) for g in gradients)
+
+
+def _parts(rows: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    """Parts of [B, Sq, H, D] whose scores with all of k are `_SCORES` or fewer."""
+    each = rows.shape[0] * rows.shape[2] * k.shape[1]
+    return rows.split(max(1, _SCORES // each), dim=1)

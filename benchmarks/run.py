@@ -32,6 +32,7 @@ logger = logging.getLogger("benchmarks")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 QUICK_SECONDS, FULL_SECONDS = 220.0, 520.0  # on a GPU; a CPU's small sizes take what they take
 OP_SECONDS, JOB_SECONDS = 40.0, 150.0  # of one provider until its first result
+OP_LEAST, JOB_LEAST = 10.0, 60.0  # with less left, nothing that must be compiled is begun
 QUICK_SHAPES = 4  # of each op
 JOB_PLACE, LAST = 1, 1000  # jobs come after the first shape of every op, compiled jobs at the very end
 
@@ -47,6 +48,7 @@ class Step:
     slow: bool
     place: int
     run: Callable[[], list[dict]]
+    least: float = 0.0  # seconds of the budget without which it is not begun
 
     @property
     def turn(self) -> tuple[int, bool]:
@@ -107,14 +109,14 @@ def steps(
     for place, case in selected_cases(options, small):
         blank += [measure.blank(case, name) for name in case.providers]
         quick = {name: f for name, f in case.providers.items() if name not in peers.SLOW}
-        refused = gate.refused(statuses[case.op])
+        refused = gate.refused({**dict.fromkeys(ops.backends(case.op), gate.NONE), **statuses.get(case.op, {})})
         variants = [replace(case, providers=quick)] + ([case] if len(quick) < len(case.providers) else [])
         for slow, variant in enumerate(variants):
 
             def run(variant=variant, refused=refused):
                 return measure.rows(variant, device, ceilings, refused, budget)
 
-            found.append(Step(case.label, bool(slow), place, run))
+            found.append(Step(case.label, bool(slow), place, run, OP_LEAST * slow))
     for job in selected_jobs(options, small):
         for name, (_, how) in jobs.PROVIDERS[job.name].items():
             if options.provider and not any(name.startswith(p) for p in options.provider):
@@ -125,7 +127,7 @@ def steps(
                 return [jobs.row(job, name, device, small, budget, JOB_SECONDS if not small else math.inf)]
 
             slow = "compile" in how
-            found.append(Step(f"{job.label}: {name}", slow, LAST if slow else JOB_PLACE, run))
+            found.append(Step(f"{job.label}: {name}", slow, LAST if slow else JOB_PLACE, run, JOB_LEAST * slow))
     return [{**row, "reason": NOT_REACHED} for row in blank], sorted(found, key=lambda step: step.turn)
 
 
@@ -157,9 +159,9 @@ def run(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> 
     blank, todo = steps(options, device, before, statuses, budget)
     table = {report.key(row): row for row in blank}
     for step in todo:
-        if budget.left() <= 0:
-            logger.info("the budget is spent; not reached: %s and what follows", step.label)
-            break
+        if budget.left() <= step.least:
+            logger.info("not reached within the budget: %s", step.label)
+            continue
         logger.info("%6.0f s  %s%s", time.monotonic() - begin, step.label, " (with compiled)" if step.slow else "")
         merge(table, step.run())
         torch._dynamo.reset()
@@ -190,3 +192,5 @@ def main(argv: list[str] | None = None) -> Path:
 
 if __name__ == "__main__":
     main()
+    logging.shutdown()
+    os._exit(0)  # an exit would wait up to five minutes for PyTorch's workers, if a compilation was interrupted

@@ -183,6 +183,27 @@ def test_what_is_compiled_comes_last_and_the_first_shapes_first(no_gpu):
     assert set(fast) == set(ops.OPS), "every op has its first shape before any has its second"
 
 
+def test_a_backend_that_the_gate_knows_nothing_of_gets_no_row(tmp_path, no_gpu):
+    path = tmp_path / "gate.json"
+    path.write_text("{}")
+    run.main(
+        [
+            "--op",
+            "geglu",
+            "--provider",
+            *ops.backends("geglu"),
+            "--gate",
+            str(path),
+            "--output",
+            str(tmp_path / "out.json"),
+        ]
+    )
+    rows = report.load(tmp_path / "out.json")["rows"]
+    reasons = {row["provider"]: row.get("reason") for row in rows}
+    assert reasons.pop("eager") is None
+    assert set(reasons.values()) == {"refused: none of its tests ran on this machine"}
+
+
 def test_times_of_two_measurements_are_not_mixed():
     def row(provider, **found):
         return {"kind": "op", "provider": provider, **found}

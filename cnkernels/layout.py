@@ -19,6 +19,11 @@ def match(x: Tensor, like: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if is_channels_last(like) else torch.contiguous_format)
 
 
+def adjacent(t: Tensor) -> Tensor:
+    """`t` where the elements of its last dimension are adjacent in memory, otherwise a contiguous copy."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
 def overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors may share an element. Channel slices of one NHWC buffer that do not meet are apart."""
     if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or a.numel() == 0 or b.numel() == 0:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cnkernels import dispatch, register
+from cnkernels import dispatch, layout, register
 from cnkernels.errors import expect
 
 _NAME = "attention"
@@ -26,16 +26,11 @@ def _validate(q: Tensor, k: Tensor, v: Tensor) -> None:
     expect(v.shape[1] == k.shape[1], _NAME, "v", f"of k's length {k.shape[1]}", v.shape[1])
 
 
-def _readable(*tensors: Tensor) -> list[Tensor]:
-    """Copies the tensors whose last dimension is not dense; kernels take any other stride."""
-    return [t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors]
-
-
 def _forward(q, k, v, scale):
     _validate(q, k, v)
     if q.numel() == 0:
         return _fake_forward(q, k, v, scale)
-    q, k, v = _readable(q, k, v)
+    q, k, v = map(layout.adjacent, (q, k, v))  # kernels take any other stride
     return dispatch.implementation(_NAME, q, head_dim=q.shape[3]).attention_fwd(q, k, v, scale)
 
 
@@ -48,7 +43,7 @@ def _fake_forward(q, k, v, scale):
 def _backward(dout, q, k, v, out, lse, scale, need):
     if q.numel() == 0:
         return [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in register.needed((q, k, v), need)]
-    dout, q, k, v = _readable(dout, q, k, v)
+    dout, q, k, v = map(layout.adjacent, (dout, q, k, v))
     kernels = dispatch.implementation(_NAME, q, head_dim=q.shape[3])
     return register.needed(kernels.attention_bwd(dout, q, k, v, out, lse, scale, tuple(need)), need)
 

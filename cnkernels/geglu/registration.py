@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cnkernels import dispatch, register
+from cnkernels import dispatch, layout, register
 from cnkernels.errors import expect
 
 _NAME = "geglu"
@@ -15,16 +15,11 @@ def _validate(projected: Tensor) -> None:
     expect(fits, _NAME, "projected", "[..., 2C], its last dimension even", f"shape {list(projected.shape)}")
 
 
-def _adjacent(t: Tensor) -> Tensor:
-    """`t` with its last dimension contiguous, copied only if it is not."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 def _forward(projected):
     _validate(projected)
     if projected.numel() == 0:
         return fake_forward(projected)
-    return dispatch.implementation(_NAME, projected).geglu_fwd(_adjacent(projected))
+    return dispatch.implementation(_NAME, projected).geglu_fwd(layout.adjacent(projected))
 
 
 def fake_forward(projected):
@@ -35,7 +30,7 @@ def fake_forward(projected):
 def _backward(dout, projected):
     if projected.numel() == 0:
         return _fake_backward(dout, projected)
-    return dispatch.implementation(_NAME, projected).geglu_bwd(_adjacent(dout), _adjacent(projected))
+    return dispatch.implementation(_NAME, projected).geglu_bwd(layout.adjacent(dout), layout.adjacent(projected))
 
 
 def _fake_backward(dout, projected):

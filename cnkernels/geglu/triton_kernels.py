@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cnkernels import layout
 from cnkernels.aot_case import AotCase
 from cnkernels.launch import Launch
 
@@ -118,5 +119,4 @@ def _grid(rows: int, columns: int) -> tuple[int]:
 
 def _rows(t: Tensor) -> Tensor:
     """`t` as [rows, columns] with contiguous rows; a view wherever that is possible."""
-    t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(1) == 1 else t.contiguous()
+    return layout.adjacent(t.reshape(-1, t.shape[-1]))

@@ -29,6 +29,10 @@ def fused(scale=None):
     return lambda q, k, v: cnkernels.attention(q, k, v, scale)
 
 
+def one_dtype(backend):
+    return harness.dtype_of("attention", backend)
+
+
 def inputs(batch, heads, queries, keys, dim, scale=1.0):
     return [randn(batch, length, heads, dim, scale=scale) for length in (queries, keys, keys)]
 
@@ -50,6 +54,7 @@ LAYOUTS = [heads_first, packed, harness.misaligned, harness.strided]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch, heads, queries, keys, dim", SHAPES)
 def test_equals_pytorch(batch, heads, queries, keys, dim, dtype, backend):
+    harness.skip_unless_served("attention", backend, dtype, dim)
     harness.compare(fused(), eager(), inputs(batch, heads, queries, keys, dim), dtype, backend)
 
 
@@ -57,7 +62,13 @@ def test_equals_pytorch(batch, heads, queries, keys, dim, dtype, backend):
 @pytest.mark.parametrize("arrange", LAYOUTS)
 def test_inputs_are_read_where_they_are(arrange, backend):
     out, *_ = harness.compare(
-        fused(), eager(), inputs(2, 2, 33, 40, 40), torch.float32, backend, arrange=arrange, arrange_upstream=arrange
+        fused(),
+        eager(),
+        inputs(2, 2, 33, 40, 40),
+        one_dtype(backend),
+        backend,
+        arrange=arrange,
+        arrange_upstream=arrange,
     )
     assert out.is_contiguous()
 
@@ -65,12 +76,13 @@ def test_inputs_are_read_where_they_are(arrange, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_expanded_upstream_gradient(backend):
     expand = lambda t: t[:, :1, :1].expand_as(t)  # noqa: E731
-    tensors = [t.float() for t in inputs(1, 2, 17, 19, 24)]
-    upstream = randn(1, 17, 2, 24)
-    exact = harness.run(eager(), [t.double() for t in tensors], expand(upstream.float().double()))
-    peer = harness.run(eager(), tensors, expand(upstream.float()))
+    dtype = one_dtype(backend)
+    tensors = [t.to(dtype) for t in inputs(1, 2, 17, 19, 40)]
+    upstream = randn(1, 17, 2, 40).to(dtype)
+    exact = harness.run(eager(), [t.double() for t in tensors], expand(upstream.double()))
+    peer = harness.run(eager(), tensors, expand(upstream))
     with cnkernels.backend(backend):
-        actual = harness.run(fused(), tensors, expand(upstream.float()))
+        actual = harness.run(fused(), tensors, expand(upstream))
     for name, ours, theirs, truth in zip(["out", "q", "k", "v"], actual, peer, exact, strict=True):
         harness.assert_by_rule(name, ours, theirs, truth)
 
@@ -78,13 +90,14 @@ def test_expanded_upstream_gradient(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, -0.3])
 def test_scale(scale, backend):
-    harness.compare(fused(scale), eager(scale), inputs(1, 1, 20, 36, 16), torch.float32, backend)
+    harness.compare(fused(scale), eager(scale), inputs(1, 1, 20, 36, 40), one_dtype(backend), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_logits(dtype, backend):
     """Rows whose maximum grows from key to key, and logits of some hundreds: exp must never overflow."""
+    harness.skip_unless_served("attention", backend, dtype, 40)
     q, k, v = inputs(1, 1, 70, 150, 40, scale=8.0)
     k = k * torch.linspace(0.1, 2.0, 150, dtype=k.dtype, device=k.device)[None, :, None, None]
     harness.compare(fused(), eager(), [q, k, v], dtype, backend)
@@ -93,21 +106,21 @@ def test_large_logits(dtype, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("poisoned", ["q", "k", "v"])
 def test_nan_goes_where_pytorch_has_it(poisoned, backend):
-    tensors = dict(zip("qkv", inputs(1, 2, 40, 70, 16), strict=True))
+    tensors = dict(zip("qkv", inputs(1, 2, 40, 70, 40), strict=True))
     tensors[poisoned][0, 3, 1, 5] = torch.nan
-    harness.compare(fused(), eager(), list(tensors.values()), torch.float32, backend)
+    harness.compare(fused(), eager(), list(tensors.values()), one_dtype(backend), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_infinite_values(backend):
-    q, k, v = inputs(1, 1, 20, 70, 16)
+    q, k, v = inputs(1, 1, 20, 70, 40)
     v[0, 66, 0, 2] = torch.inf
-    harness.compare(fused(), eager(), [q, k, v], torch.float32, backend, backward=False)
+    harness.compare(fused(), eager(), [q, k, v], one_dtype(backend), backend, backward=False)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_log_sum_exp(backend):
-    q, k, v = (t.float() for t in inputs(2, 3, 33, 77, 40))
+    q, k, v = (t.to(one_dtype(backend)) for t in inputs(2, 3, 33, 77, 40))
     with cnkernels.backend(backend):
         _, lse = torch.ops.cnkernels.attention(q, k, v, 0.2)
     exact = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()).mul(0.2).logsumexp(-1)
@@ -121,8 +134,8 @@ def test_only_the_gradients_asked_for(backend, monkeypatch):
     asked = []
     kernels = torch.ops.cnkernels.attention_backward
     monkeypatch.setattr(torch.ops.cnkernels, "attention_backward", lambda *a: asked.append(list(a[-1])) or kernels(*a))
-    tensors = [t.float() for t in inputs(1, 2, 20, 30, 16)]
-    upstream = torch.randn(1, 20, 2, 16, device=DEVICE)
+    tensors = [t.to(one_dtype(backend)) for t in inputs(1, 2, 20, 30, 40)]
+    upstream = torch.randn_like(tensors[0])
     with cnkernels.backend(backend):
         _, *together = harness.run(fused(), tensors, upstream)
         assert asked.pop() == [True] * 3
@@ -136,7 +149,8 @@ def test_only_the_gradients_asked_for(backend, monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch, queries", [(0, 5), (2, 0)])
 def test_empty(batch, queries, backend):
-    q, k, v = (torch.randn(batch, n, 2, 8, device=DEVICE, requires_grad=True) for n in (queries, 6, 6))
+    dtype = one_dtype(backend)
+    q, k, v = (torch.randn(batch, n, 2, 40, device=DEVICE, dtype=dtype, requires_grad=True) for n in (queries, 6, 6))
     with cnkernels.backend(backend):
         out = cnkernels.attention(q, k, v)
         out.sum().backward()
@@ -158,7 +172,7 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
-    tensors = [t.float().requires_grad_() for t in inputs(1, 2, 9, 12, 16)]
+    tensors = [t.to(one_dtype(backend)).requires_grad_() for t in inputs(1, 2, 9, 12, 40)]
     with cnkernels.backend(backend):
         torch.library.opcheck(torch.ops.cnkernels.attention.default, (*tensors, 0.25))
         torch.library.opcheck(

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from controlnet.layers import Prepared
+
 BETA_SCHEDULES = ("linear", "sqrt_linear", "sqrt", "cosine")
 PARAMETERIZATIONS = ("eps", "v", "x0")
 
@@ -166,11 +168,17 @@ class ControlledUNet(nn.Module):
         """The parameters that the optimizer updates."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
+    def prepare_context(self, context: Tensor) -> Tensor | tuple[Prepared, Prepared]:
+        """The keys and values of a context [N, T, D] in both models: the `context` of any number of calls."""
+        if not self.unet.arch.use_spatial_transformer:
+            return context  # which nothing reads
+        return self.unet.prepare_context(context), self.control.prepare_context(context)
+
     def forward(
         self,
         x: Tensor,
         timesteps: Tensor,
-        context: Tensor,
+        context: Tensor | tuple[Prepared, Prepared],
         hint: Tensor | None = None,
         *,
         guided_hint: Tensor | None = None,
@@ -181,12 +189,13 @@ class ControlledUNet(nn.Module):
         Arguments:
             x: [N, C, h, w] noisy latents.
             timesteps: int64 [N].
-            context: [N, T, D] text states.
+            context: [N, T, D] text states, or `prepare_context` of them.
             hint: [N, 3, H, W] in [0, 1]; None with guided_hint None gives the uncontrolled prediction.
             guided_hint: `control.encode_hint(hint)`, computed once for many calls.
             scales: strength of the control, one for all outputs or one each: a number, a tensor 0-d or [N], or a mask
                 [N, 1, h, w]. The number 0 skips the ControlNet altogether.
         """
+        context, control_context = context if isinstance(context, tuple) else (context, context)
         with torch.no_grad():
             embedding = self.unet.embed(timesteps)
             h, skips = self.unet.encode(x, timesteps, context, embedding=embedding)
@@ -194,7 +203,7 @@ class ControlledUNet(nn.Module):
         if uncontrolled or (isinstance(scales, (int, float)) and scales == 0):
             return self.unet.decode(h, skips, None, timesteps, context, embedding=embedding)
         controlled = self.control(
-            x, hint, timesteps, context, residuals=[*skips, h], scales=scales, guided_hint=guided_hint
+            x, hint, timesteps, control_context, residuals=[*skips, h], scales=scales, guided_hint=guided_hint
         )
         if not self.only_mid_control:
             skips = controlled[:-1]

@@ -55,7 +55,7 @@ def guided(
     scales: Scales = 1.0,
     guess_mode: bool = False,
 ) -> Predict:
-    """A function (x, t) -> prediction under classifier-free guidance, its hint encoded once.
+    """A function (x, t) -> prediction under classifier-free guidance; hint and context are encoded here, once.
 
     prediction = uncond + guidance_scale * (cond - uncond), both halves in one batch; the conditional half alone when
     uncond_context is None or guidance_scale is 1.
@@ -87,12 +87,13 @@ def guided(
         if guided_hint is not None:
             guided_hint = torch.cat([guided_hint, guided_hint])
             scales = for_both_halves(scales, batch, context.device, conditional_only=guess_mode)
+    prepared = model.prepare_context(context)
 
     @torch.no_grad()
     def predict(x: Tensor, t: Tensor) -> Tensor:
         if not double:
-            return model(x, t, context, guided_hint=guided_hint, scales=scales).float()
-        both = model(torch.cat([x, x]), torch.cat([t, t]), context, guided_hint=guided_hint, scales=scales).float()
+            return model(x, t, prepared, guided_hint=guided_hint, scales=scales).float()
+        both = model(torch.cat([x, x]), torch.cat([t, t]), prepared, guided_hint=guided_hint, scales=scales).float()
         uncond, cond = both.chunk(2)
         return uncond + guidance_scale * (cond - uncond)
 

@@ -151,6 +151,17 @@ def test_guided_hint_is_the_encoded_hint():
     assert all((a - b).abs().max() > 0.01 for a, b in zip(got, other, strict=True))
 
 
+@torch.no_grad()
+def test_prepared_inputs_change_nothing():
+    case = CASES["sd15"]
+    ours, _ = twins.controlnet_pair(case)
+    x, timesteps, context, hint = twins.inputs(case)
+    prepared = {"context": ours.prepare_context(context), "embedding": ours.prepare_timesteps(timesteps)}
+    got = ours(x, None, timesteps, guided_hint=ours.encode_hint(hint), **prepared)
+    for output, expected in zip(got, ours(x, hint, timesteps, context), strict=True):
+        assert_same(output, expected)
+
+
 def test_channels_last_is_kept():
     control = randomise(ControlNet(**CONTROL)).to(memory_format=torch.channels_last)
     unet = randomise(UNet(**BASE, out_channels=4)).to(memory_format=torch.channels_last)

@@ -19,11 +19,15 @@ class Predictor(nn.Module):
         self.control = nn.Module()
         self.control.zero_convs = nn.ModuleList(nn.Identity() for _ in range(outputs - 1))
         self.control.encode_hint = self._encode_hint
-        self.calls, self.hints_encoded = [], 0
+        self.calls, self.hints_encoded, self.contexts_prepared = [], 0, 0
 
     def _encode_hint(self, hint):
         self.hints_encoded += 1
         return hint.mean(dim=(1, 2, 3))
+
+    def prepare_context(self, context):
+        self.contexts_prepared += 1
+        return context * 1
 
     def forward(self, x, timesteps, context, hint=None, *, guided_hint=None, scales=1.0):
         self.calls.append({"batch": x.shape[0], "timesteps": timesteps.clone(), "scales": scales})
@@ -124,10 +128,10 @@ def test_guidance_is_one_batch_and_its_formula():
     assert model.calls[-1]["batch"] == SHAPE[0]
 
 
-def test_hint_is_encoded_once():
+def test_hint_and_context_are_encoded_once():
     model, (context, uncond, hint) = Predictor(), inputs()
     ddim(model, NoiseSchedule(), SHAPE, context, uncond_context=uncond, hint=hint, steps=10)
-    assert model.hints_encoded == 1
+    assert (model.hints_encoded, model.contexts_prepared) == (1, 1)
     assert len(model.calls) == 10
 
 

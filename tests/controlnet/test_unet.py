@@ -102,6 +102,22 @@ def test_attention_block_equals_diffusers(new_order, flash):
     assert_same(torch.autograd.grad(got, x, upstream)[0], torch.autograd.grad(want, x, upstream)[0])
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@torch.no_grad()
+def test_prepared_inputs_change_nothing(case):
+    """The context's keys and values, and a row of the prepared schedule, in the places of context and timesteps."""
+    ours, _ = twins.unet_pair(case)
+    x, timesteps, context, _ = twins.inputs(case)
+    n = len(x)
+    schedule = torch.tensor([999, 500, 20])
+    prepared = ours.prepare_timesteps(schedule.repeat_interleave(n))
+    for index, timestep in enumerate(schedule):
+        timesteps = timestep.expand(n)
+        embedding = prepared.rows(index * n, (index + 1) * n)
+        got = ours(x, timesteps, ours.prepare_context(context), embedding=embedding)
+        assert_same(got, ours(x, timesteps, context))
+
+
 def test_without_spatial_transformer():
     """Attention blocks inside a U-Net: heads of encoder and decoder, and no context."""
     params = {k: v for k, v in SMALL.items() if k not in ("context_dim", "use_spatial_transformer", "legacy")}

@@ -136,12 +136,17 @@ def _product_flops(x: tuple, weight: tuple, *_: Any, **__: Any) -> int:
     return 2 * samples * height * width * weight[0] * weight[1]
 
 
+def _group_flops(xs: list[tuple], weights: list[tuple], *_: Any, **__: Any) -> int:
+    return sum(map(_product_flops, xs, weights))
+
+
 @torch.no_grad()
 def flops(network: Callable[..., Any], batch: int) -> int:
     """Of the matrix products, convolutions and attention of one forward pass; a multiply-add is two."""
     mapping = {
         torch.ops.cnkernels.attention: _attention_flops,
         torch.ops.cnkernels.zero_conv_add: _product_flops,
+        torch.ops.cnkernels.zero_conv_add_group: _group_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops_of_pytorch,
     }
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:

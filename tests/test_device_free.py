@@ -48,3 +48,23 @@ def test_what_is_counted():
     # The input's storage (all of x), the first layer's output, exp's result, and of the loss the float32 copy.
     x_bytes = 2 * 4 * 64 * 64
     assert device_free.saved_bytes(network) == x_bytes + 2 * 16 + 2 * 16 + 4 * 16
+
+
+def test_the_flops_of_a_group_are_those_of_its_layers():
+    """A product inside an op of ours is counted, whether it runs alone or in a group."""
+    import torch
+
+    import cnkernels
+
+    def layers(x, *_):
+        xs = [x.expand(-1, 4, -1, -1), x[..., :32]]
+        return xs, [torch.zeros(8, 4, 1, 1, dtype=x.dtype), torch.zeros(16, 4, 1, 1, dtype=x.dtype)]
+
+    def alone(*inputs):
+        return [cnkernels.zero_conv_add(x, weight) for x, weight in zip(*layers(*inputs), strict=True)]
+
+    def group(*inputs):
+        return cnkernels.zero_conv_add_group(*layers(*inputs))
+
+    expected = 2 * 4 * (64 * 64 * 8 + 64 * 32 * 16)
+    assert device_free.flops(alone, 1) == device_free.flops(group, 1) == expected

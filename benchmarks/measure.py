@@ -109,7 +109,12 @@ def blank(case: Case, provider: str) -> dict[str, Any]:
     }
 
 
-@functorch_config.patch(donated_buffer=False)  # else a compiled backward pass runs once per graph, and has no time
+def reusable_graphs() -> AbstractContextManager:
+    """What is compiled inside may run its backward pass again and again; it reuses no memory of the forward pass."""
+    return functorch_config.patch(donated_buffer=False)
+
+
+@reusable_graphs()
 def rows(
     case: Case,
     device: torch.device,

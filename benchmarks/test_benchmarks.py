@@ -5,6 +5,8 @@ import torch
 
 from benchmarks import measure, ops
 
+pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is an extra (bench)")
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCHES, DTYPES = ([2], [torch.float16]) if DEVICE.type == "cuda" else ([1], [torch.float32])
 
@@ -15,7 +17,14 @@ def parameters():
             yield pytest.param(case, provider, id=f"{case.label} {provider}".replace(" ", "-"))
 
 
-@pytest.mark.parametrize("case, provider", parameters())
+@pytest.fixture(autouse=True)
+def reusable_graphs():
+    with measure.reusable_graphs():
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("case, provider", list(parameters()))
 def test_op(case, provider, benchmark):
     only = ops.Case(
         **{**vars(case), "providers": {"eager": case.providers["eager"], provider: case.providers[provider]}}

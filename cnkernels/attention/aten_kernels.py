@@ -22,13 +22,13 @@ _BLOCK = 1 << 19  # scores of one block, for each thread
 _MANY = 512  # fewer queries or keys do not repay what `_fused_operands` costs
 _DEPTH = 8.0  # sigmoid(t) for t <= -8 is exp(t) to a fifth of a rounding of bfloat16
 _LEAST = 87.0  # exp(-87) is the last that bfloat16, as float32, holds as a normal number
-_SCORES = 1 << 25  # that are there at once on another device
+_SCORES = 1 << 25  # that are there at once where all heads go together
 _EVEN = 256.0  # up to here bfloat16 rounds c by no more than a half
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     if q.device.type != "cpu":
-        return _fwd_elsewhere(q, k, v, scale)
+        return _fwd_together(q, k, v, scale)
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     operands = None
@@ -45,7 +45,7 @@ def attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, need: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if q.device.type != "cpu":
-        return _bwd_elsewhere(dout, q, k, v, out, lse, scale, need)
+        return _bwd_together(dout, q, k, v, out, lse, scale, need)
     gradients = tuple(
         torch.empty(t.shape, dtype=t.dtype) if wanted else None for t, wanted in zip((q, k, v), need, strict=True)
     )
@@ -133,14 +133,14 @@ def _fwd_fused(queries: Tensor, keys: Tensor, values: Tensor, c: Tensor, out: Te
                 torch.add(total.log_(), c[b, h, block], out=lse[b, h, block])
 
 
-def _fwd_elsewhere(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The reference on a block of queries at a time, which bounds the scores that are there at once."""
+def _fwd_together(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The reference, all heads at once, on a part of the queries at a time: on any device, in bounded memory."""
     parts = [reference.attention_fwd(part, k, v, scale) for part in _parts(q, k)]
     out, lse = zip(*parts, strict=True)
     return torch.cat(out, 1), torch.cat(lse, 2)
 
 
-def _bwd_elsewhere(dout, q, k, v, out, lse, scale, need):
+def _bwd_together(dout, q, k, v, out, lse, scale, need):
     dtype = q.dtype
     dout, q, k, v = (t.float() for t in (dout, q, k, v))
     dq, dk, dv = [], None, None

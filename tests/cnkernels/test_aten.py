@@ -105,8 +105,8 @@ def test_attention_in_several_blocks(monkeypatch):
 
 def test_attention_off_the_cpu(monkeypatch):
     """The path of other devices, on this one: several parts of the queries, whose dk and dv are added in float32."""
-    monkeypatch.setattr(attention, "attention_fwd", attention._fwd_elsewhere)
-    monkeypatch.setattr(attention, "attention_bwd", attention._bwd_elsewhere)
+    monkeypatch.setattr(attention, "attention_fwd", attention._fwd_together)
+    monkeypatch.setattr(attention, "attention_bwd", attention._bwd_together)
     monkeypatch.setattr(attention, "_SCORES", 2 * 2 * 90 * 40)
     for dtype in harness.DTYPES:
         harness.compare(fused(), eager(), inputs(2, 2, 150, 90, 40), dtype, "aten")

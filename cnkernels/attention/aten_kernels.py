@@ -31,13 +31,18 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
         return _fwd_together(q, k, v, scale)
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    operands = None
     if q.dtype == torch.bfloat16 and onednn.serves(q) and min(q.shape[1], k.shape[1]) >= _MANY:
-        operands = _fused_operands(q, k, v, scale)
-    if operands is None:
-        _fwd_plain(q, k, v, scale, out, lse)
+        *operands, fusible = _fused_operands(q, k, v, scale)
+        fusible = fusible.tolist()
     else:
-        _fwd_fused(*operands, out, lse)
+        operands, fusible = (), [[False] * q.shape[2]] * q.shape[0]
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            results = out[b, :, h], lse[b, h]
+            if fusible[b][h]:
+                _fwd_fused(*(t[b, h] for t in operands), *results)
+            else:
+                _fwd_plain(*(t[b, :, h] for t in (q, k, v)), scale, *results)
     return out, lse
 
 
@@ -59,15 +64,13 @@ def attention_bwd(
 
 
 def _fwd_plain(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
-    for b in range(q.shape[0]):
-        for h in range(q.shape[2]):
-            queries, keys = (t[b, :, h].float().contiguous() for t in (q, k))
-            values = v[b, :, h].float().t().contiguous()
-            for block in _blocks(queries, keys):
-                scores = onednn.linear(queries[block], keys).mul_(scale)  # [rows, Sk]; a scaled q would be rounded
-                p = torch.softmax(scores, 1)
-                out[b, block, h] = onednn.linear(p, values)
-                torch.sub(scores.amax(1), p.amax(1).log_(), out=lse[b, h, block])
+    """One head: q, k, v and out [S, D], lse [Sq]."""
+    q, k, values = (t.float().contiguous() for t in (q, k, v.t()))
+    for block in _blocks(q, k):
+        scores = onednn.linear(q[block], k).mul_(scale)  # [rows, Sk]; a scaled q would be rounded
+        p = torch.softmax(scores, 1)
+        out[block] = onednn.linear(p, values)
+        torch.sub(scores.amax(1), p.amax(1).log_(), out=lse[block])
 
 
 def _bwd_of_head(
@@ -97,13 +100,14 @@ def _blocks(q: Tensor, k: Tensor) -> list[slice]:
     return [slice(first, first + rows) for first in range(0, q.shape[0], rows)]
 
 
-def _fused_operands(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """What the fused products multiply, or None where exponentials could underflow or a value is not finite.
+def _fused_operands(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the fused products multiply, and for which heads they may.
 
     Returns:
         queries, keys: [B, H, S, 2 D + 1] with queries keys^T = scale * q k^T - c; scale * q is a sum of two bfloat16.
         values: [B, H, D, Sk].
         c: [B, H, Sq], float32 that bfloat16 holds.
+        fusible: [B, H], False where exponentials could underflow or a value is not finite.
     """
     wide_q, wide_k = q.transpose(1, 2).float() * scale, k.transpose(1, 2).float()
     # A row's maximum is at least its mean, q . mean(k), and exceeds it by at most |q| max |k - mean(k)|.
@@ -112,25 +116,23 @@ def _fused_operands(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
     reach = torch.linalg.vector_norm(wide_q, dim=3) * radius  # [B, H, Sq]
     c = (wide_q * centre).sum(3) + reach + _DEPTH
     # The terms that underflow, at most Sk, sum up to less than exp(-_DEPTH) of a row's largest.
-    in_range = (reach.max() <= _LEAST - 2 * _DEPTH - math.log(k.shape[1])) & (c.abs().max() <= _EVEN)
-    if not bool(in_range & torch.isfinite(v).all()):
-        return None
+    in_range = (reach.amax(2) <= _LEAST - 2 * _DEPTH - math.log(k.shape[1])) & (c.abs().amax(2) <= _EVEN)
+    values = v.permute(0, 2, 3, 1).contiguous()
     c = c.to(q.dtype)
     high = wide_q.to(q.dtype)
     low = (wide_q - high).to(q.dtype)
     keys, ones = k.transpose(1, 2), torch.ones((), dtype=q.dtype).expand(*wide_k.shape[:3], 1)
     queries, keys = torch.cat((high, low, -c[..., None]), 3), torch.cat((keys, keys, ones), 3)
-    return queries, keys, v.permute(0, 2, 3, 1).contiguous(), c.float()
+    return queries, keys, values, c.float(), in_range & values.isfinite().all(3).all(2)
 
 
 def _fwd_fused(queries: Tensor, keys: Tensor, values: Tensor, c: Tensor, out: Tensor, lse: Tensor) -> None:
-    for b in range(c.shape[0]):
-        for h in range(c.shape[1]):
-            for block in _blocks(queries[b, h], keys[b, h]):
-                p = onednn.linear_sigmoid(queries[b, h, block], keys[b, h])  # [rows, Sk]: exp(s - c)
-                total = p.sum(1, dtype=torch.float32)
-                torch.div(onednn.linear(p, values[b, h]), total[:, None], out=out[b, block, h])
-                torch.add(total.log_(), c[b, h, block], out=lse[b, h, block])
+    """One head of `_fused_operands`; out [Sq, D], lse [Sq]."""
+    for block in _blocks(queries, keys):
+        p = onednn.linear_sigmoid(queries[block], keys)  # [rows, Sk]: exp(s - c)
+        total = p.sum(1, dtype=torch.float32)
+        torch.div(onednn.linear(p, values), total[:, None], out=out[block])
+        torch.add(total.log_(), c[block], out=lse[block])
 
 
 def _fwd_together(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cnkernels import layout, register
+from cnkernels import layout, onednn, register
 from cnkernels.geglu import registration as geglu_registration
 from cnkernels.group_norm_silu import registration as group_norm_registration
 
@@ -32,6 +32,12 @@ def conv2d(x: Tensor, weight: Tensor, bias: Maybe = None, stride: int = 1, paddi
     if not torch.is_grad_enabled() or weight.requires_grad or not x.requires_grad:
         return F.conv2d(x, weight, bias, stride, padding)
     return _FrozenConv.apply(*register.autocast(x, weight, bias), stride, padding)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Maybe = None) -> Tensor:
+    """`torch.nn.functional.linear`; on a CPU oneDNN's, where neither autograd nor autocast nor a compiler looks on."""
+    watched = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()
+    return F.linear(x, weight, bias) if watched else onednn.linear(x, weight, bias)
 
 
 def conv1x1_add(x: Tensor, weight: Tensor, bias: Maybe, residual: Tensor) -> Tensor:
@@ -187,7 +193,7 @@ class Linear:
     """torch.nn.functional.linear of tokens [N, S, C], or of the pixels of an image [N, C, H, W] as tokens."""
 
     def forward(self, x: Tensor, weight: Tensor, bias: Maybe, _: None) -> Tensor:
-        return F.linear(_tokens(x), weight, bias)
+        return linear(_tokens(x), weight, bias)
 
     def backward(self, dout: Tensor, x: Tensor, weight: Tensor, bias: Maybe, need: list[bool]) -> list[Maybe]:
         rows = dout.flatten(0, -2)

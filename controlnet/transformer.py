@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import cnkernels
 from cnkernels import layout, recompute
@@ -105,7 +104,7 @@ class CrossAttention(nn.Module):
 
     def project_context(self, context: Tensor) -> Tensor:
         """k and v of a context, [N, T, 2, H, D]."""
-        return F.linear(context, self.to_kv).unflatten(2, (2, self.heads, -1))
+        return recompute.linear(context, self.to_kv).unflatten(2, (2, self.heads, -1))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cnkernels import recompute
 from cnkernels.recompute import Later
@@ -40,11 +39,13 @@ class _SharedAttention(CrossAttention):
             packed = recompute.chain(tokens, recompute.Linear(), torch.cat(weights))
             return packed.unflatten(2, (3, self.heads, -1)).unbind(2)
         x = tokens.now().to(weights[0].dtype)
-        q, k, v = (F.linear(x, weight).unflatten(2, (self.heads, -1)) for weight in weights)
+        q, k, v = (recompute.linear(x, weight).unflatten(2, (self.heads, -1)) for weight in weights)
         return q, k, v
 
     def project_context(self, context: Tensor) -> Tensor:
-        pair = [F.linear(context, layer.weight).unflatten(2, (self.heads, -1)) for layer in (self.to_k, self.to_v)]
+        pair = [
+            recompute.linear(context, layer.weight).unflatten(2, (self.heads, -1)) for layer in (self.to_k, self.to_v)
+        ]
         return torch.stack(pair, dim=2)
 
 

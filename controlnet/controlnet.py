@@ -132,8 +132,5 @@ class ControlNet(Trunk):
         check_shape("guided_hint", guided_hint, n, self.arch.model_channels, height, width)
         embedding = self.embed(timesteps) if embedding is None else embedding
         features = self._trunk(x, embedding, self._cast(context), guided_hint)
-        zero_convs = [*self.zero_convs, self.middle_block_out]
-        return [
-            controlled(conv[0], feature, residual, scale)
-            for conv, feature, residual, scale in zip(zero_convs, features, residuals, scales, strict=True)
-        ]
+        zero_convs = [conv[0] for conv in (*self.zero_convs, self.middle_block_out)]
+        return controlled(zero_convs, features, residuals, scales)

@@ -1,10 +1,13 @@
 """The strength of the control: a number, one for each sample, or a mask over the image."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import cnkernels
+from cnkernels.nn import ZeroConv2d
 
 Scale = float | Tensor
 
@@ -25,15 +28,37 @@ def check_scale(scale: Scale, batch: int) -> None:
             raise ValueError(f"scales has a mask of {scale.dtype}; expected floating point")
 
 
-def controlled(zero_conv: Callable[..., Tensor], feature: Tensor, residual: Tensor | None, scale: Scale) -> Tensor:
-    """residual + scale * zero_conv(feature), with a mask brought to the feature's resolution by averaging over areas.
+def controlled(
+    zero_convs: Sequence[ZeroConv2d],
+    features: Sequence[Tensor],
+    residuals: Sequence[Tensor | None],
+    scales: Sequence[Scale],
+) -> list[Tensor]:
+    """residual + scale * zero_conv(feature) of each output, masks averaged over areas to the features' resolutions.
 
     Only a mask is multiplied outside the fused operation.
     """
-    if not is_mask(scale):
-        return zero_conv(feature, residual, scale)
-    output = zero_conv(feature)
-    mask = F.interpolate(scale.float(), size=output.shape[2:], mode="area").to(output)
+    masked = [is_mask(scale) for scale in scales]
+    outputs = cnkernels.zero_conv_add_group(
+        features,
+        [conv.weight for conv in zero_convs],
+        [conv.bias for conv in zero_convs],
+        [None if mask else residual for residual, mask in zip(residuals, masked, strict=True)],
+        [1.0 if mask else _one_pixel(scale) for scale, mask in zip(scales, masked, strict=True)],
+    )
+    return [
+        _masked(output, residual, scale) if mask else output
+        for output, residual, scale, mask in zip(outputs, residuals, scales, masked, strict=True)
+    ]
+
+
+def _one_pixel(scale: Scale) -> Scale:
+    """A mask of one pixel for all samples is one number."""
+    return scale.reshape(()) if isinstance(scale, Tensor) and scale.shape == (1, 1, 1, 1) else scale
+
+
+def _masked(output: Tensor, residual: Tensor | None, mask: Tensor) -> Tensor:
+    mask = F.interpolate(mask.float(), size=output.shape[2:], mode="area").to(output)
     return mask * output if residual is None else torch.addcmul(residual, mask, output)
 
 

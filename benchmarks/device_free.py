@@ -9,6 +9,7 @@ All on fake tensors, channels_last, beside diffusers' modules of the same size i
 import argparse
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,6 +137,10 @@ def _product_flops(x: tuple, weight: tuple, *_: Any, **__: Any) -> int:
     return 2 * samples * height * width * weight[0] * weight[1]
 
 
+def _linear_flops(x: tuple, weight: tuple, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
 def _group_flops(xs: list[tuple], weights: list[tuple], *_: Any, **__: Any) -> int:
     return sum(map(_product_flops, xs, weights))
 
@@ -149,6 +154,8 @@ def flops(network: Callable[..., Any], batch: int) -> int:
         torch.ops.cnkernels.zero_conv_add_group: _group_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops_of_pytorch,
     }
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # a CPU's linear layers
+        mapping[torch.ops.mkldnn._linear_pointwise] = _linear_flops
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         network(*inputs(batch))
     return counter.get_total_flops()

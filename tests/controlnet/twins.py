@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from controlnet.checkpoints.diffusers import module_names, rename
@@ -92,12 +91,16 @@ def diffusers_params(case: Case) -> dict[str, Any]:
     }
 
 
-def unet_pair(case: Case) -> tuple[UNet, UNet2DConditionModel]:
+def unet_pair(case: Case) -> tuple[UNet, nn.Module]:
+    from diffusers import UNet2DConditionModel  # here: the tests of our models alone run without diffusers
+
     ours = UNet(**case.params, out_channels=4)
     return _same_weights(ours, UNet2DConditionModel(**diffusers_params(case)))
 
 
-def controlnet_pair(case: Case) -> tuple[ControlNet, ControlNetModel]:
+def controlnet_pair(case: Case) -> tuple[ControlNet, nn.Module]:
+    from diffusers import ControlNetModel
+
     ours = ControlNet(**case.params, hint_channels=3)
     params = diffusers_params(case)
     del params["up_block_types"]

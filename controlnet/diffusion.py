@@ -202,12 +202,13 @@ class ControlledUNet(nn.Module):
         uncontrolled = hint is None and guided_hint is None
         if uncontrolled or (isinstance(scales, (int, float)) and scales == 0):
             return self.unet.decode(h, skips, None, timesteps, context, embedding=embedding)
+        if self.only_mid_control:  # nothing is computed for a scale of 0
+            middle = scales[-1] if isinstance(scales, (list, tuple)) else scales
+            scales = [0] * len(skips) + [middle]
         controlled = self.control(
             x, hint, timesteps, control_context, residuals=[*skips, h], scales=scales, guided_hint=guided_hint
         )
-        if not self.only_mid_control:
-            skips = controlled[:-1]
-        return self.unet.decode(controlled[-1], skips, None, timesteps, context, embedding=embedding)
+        return self.unet.decode(controlled[-1], controlled[:-1], None, timesteps, context, embedding=embedding)
 
 
 class DiffusionLoss(nn.Module):

@@ -36,13 +36,35 @@ def controlled(
 ) -> list[Tensor]:
     """residual + scale * zero_conv(feature) of each output, masks averaged over areas to the features' resolutions.
 
-    Only a mask is multiplied outside the fused operation.
+    Only a mask is multiplied outside the fused operation. Where the scale is the number 0, the output is the residual
+    itself, or zeros, and nothing is computed; a convolution that is being trained gets its gradient of zero all the
+    same.
     """
+    layers = list(zip(zero_convs, features, residuals, scales, strict=True))
+    off = [_is_off(conv, scale) for conv, _, _, scale in layers]
+    computed = iter(_computed([layer for layer, is_off in zip(layers, off, strict=True) if not is_off]))
+    return [_uncontrolled(*layer[:3]) if is_off else next(computed) for layer, is_off in zip(layers, off, strict=True)]
+
+
+def _is_off(conv: ZeroConv2d, scale: Scale) -> bool:
+    trained = torch.is_grad_enabled() and conv.weight.requires_grad
+    return not isinstance(scale, Tensor) and scale == 0 and not trained
+
+
+def _uncontrolled(conv: ZeroConv2d, feature: Tensor, residual: Tensor | None) -> Tensor:
+    n, _, *size = feature.shape
+    return feature.new_zeros(n, conv.out_channels, *size) if residual is None else residual
+
+
+def _computed(layers: Sequence[tuple[ZeroConv2d, Tensor, Tensor | None, Scale]]) -> list[Tensor]:
+    if not layers:
+        return []
+    convs, features, residuals, scales = zip(*layers, strict=True)
     masked = [is_mask(scale) for scale in scales]
     outputs = cnkernels.zero_conv_add_group(
         features,
-        [conv.weight for conv in zero_convs],
-        [conv.bias for conv in zero_convs],
+        [conv.weight for conv in convs],
+        [conv.bias for conv in convs],
         [None if mask else residual for residual, mask in zip(residuals, masked, strict=True)],
         [1.0 if mask else _one_pixel(scale) for scale, mask in zip(scales, masked, strict=True)],
     )

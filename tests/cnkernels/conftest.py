@@ -26,11 +26,6 @@ def poisoned_empty():
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture(autouse=True, scope="session")
 def fused_multiply_add_in_the_interpreter():
     """Triton's interpreter rounds tl.fma twice; a GPU rounds once, as this does but for ties of the wider sum."""

@@ -43,3 +43,27 @@ def test_a_mask_of_one_pixel_is_one_number_for_all_samples():
     got = controlled(convs, features, residuals, [torch.full((1, 1, 1, 1), 0.25)] * len(convs))
     for output, conv, feature in zip(got, convs, features, strict=True):
         assert torch.equal(output, conv(feature, scale=torch.tensor(0.25)))
+
+
+def test_a_scale_of_zero_computes_nothing(monkeypatch):
+    convs, features = layers()
+    residuals = [torch.randn_like(features[0]), None, torch.randn_like(features[2]), None]
+    scales = [0, 0.0, 0.5, 0.0]
+    with torch.no_grad():
+        want = [conv(*rest) for conv, *rest in zip(convs, features, residuals, scales, strict=True)]
+    lengths = []
+    group = cnkernels.zero_conv_add_group
+    monkeypatch.setattr(cnkernels, "zero_conv_add_group", lambda xs, *rest: lengths.append(len(xs)) or group(xs, *rest))
+    with torch.no_grad():
+        for output, expected in zip(controlled(convs, features, residuals, scales), want, strict=True):
+            assert torch.equal(output, expected)
+        controlled(convs, features, residuals, [0.0] * len(convs))
+    assert lengths == [1]  # and the second call has none
+
+
+def test_a_trained_convolution_has_a_gradient_at_scale_zero():
+    convs, features = layers()
+    total = sum(output.sum() for output in controlled(convs, features, [None] * len(convs), [0.0] * len(convs)))
+    total.backward()
+    for conv in convs:
+        assert torch.equal(conv.weight.grad, torch.zeros_like(conv.weight))

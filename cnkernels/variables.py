@@ -3,7 +3,7 @@
 import os
 
 VARIABLES = {
-    "CNKERNELS_BACKEND": "reference, triton, cuda or auto (default): the backend that `cnkernels.backend` starts from",
+    "CNKERNELS_BACKEND": "aten, reference, triton, cuda or auto (default): what `cnkernels.backend` starts from",
     "CNKERNELS_ARCHS": "GPU architectures to build for, such as 80;90a (default: the GPUs present, else 80;90a)",
     "CNKERNELS_BUILD": "0 installs without compiling the extension even where nvcc is present (default 1)",
 }

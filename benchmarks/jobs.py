@@ -120,8 +120,9 @@ def _denoise_diffusers(job: Job, device: torch.device, params: dict[str, Any], h
     if "accelerate" in how:
         import controlnet
 
-        controlnet.accelerate(unet)
-        controlnet.accelerate(control)
+        options = {"mode": "max-autotune-no-cudagraphs", "fullgraph": True} if "compile" in how else None
+        controlnet.accelerate(unet, compile=options)
+        controlnet.accelerate(control, compile=options)
     elif how != "eager":
         mode = "max-autotune" if "graph" in how else "max-autotune-no-cudagraphs"
         mode = mode if device.type == "cuda" else "default"
@@ -137,7 +138,7 @@ def _denoise_diffusers(job: Job, device: torch.device, params: dict[str, Any], h
             uncond, cond = unet(x, t, context, **residuals, return_dict=False)[0].chunk(2)
             return uncond + 7.5 * (cond - uncond)
 
-    return _captured(step, device) if how == "accelerate graph" else step
+    return _captured(step, device) if "accelerate" in how and "graph" in how else step
 
 
 def training(job: Job, device: torch.device, model, parameters: list, loss: Callable[[], Tensor]):
@@ -191,6 +192,8 @@ DENOISE = {
     "ours, compiled, CUDA graph": (_denoise_ours, "compile graph"),
     "ours through diffusers": (_denoise_diffusers, "accelerate"),
     "ours through diffusers, CUDA graph": (_denoise_diffusers, "accelerate graph"),
+    "ours through diffusers, compiled": (_denoise_diffusers, "accelerate compile"),
+    "ours through diffusers, compiled, CUDA graph": (_denoise_diffusers, "accelerate compile graph"),
     "diffusers": (_denoise_diffusers, "eager"),
     "diffusers, compiled": (_denoise_diffusers, "compile"),
     "diffusers, compiled, CUDA graph": (_denoise_diffusers, "compile graph"),

@@ -1,6 +1,6 @@
 """A U-Net or ControlNet of diffusers, computed by this library's model: the same parameters, two sets of modules."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,16 +55,24 @@ class Binding:
     Kept are the encoded hint, the keys and values of the context, and the projections of the timestep embedding for the
     whole schedule, each while the tensors that it was made of, weights included, are the same (see `Memo`).
 
+    Args:
+        module: of diffusers.
+        compile: arguments of torch.compile for this library's model, or None. What is kept stays outside of what is
+            compiled.
+
     Raises:
         Unserved: the module computes something that this library's model does not.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, compile: Mapping[str, Any] | None = None):
         self.watch = Watch(module)
         foreign = self.watch.foreign()
         if foreign:
             raise Unserved(foreign)
         self.model = _model(module)
+        self._is_compiled = compile is not None
+        if compile is not None:
+            self.model.compile(**compile)
         self._guided_hint: Memo[Tensor] = Memo()
         self._context: Memo[Prepared] = Memo()
         self._schedule: Memo[Prepared] = Memo()
@@ -81,7 +89,8 @@ class Binding:
     ) -> Tensor:
         """UNet.forward on diffusers' arguments; `schedules` are those that the timestep may be an item of."""
         timesteps, embedding = self._embed(x, timestep, schedules)
-        return self.model(_nhwc(x), timesteps, self._prepared(context), control, embedding=embedding)
+        prediction = self.model(_nhwc(x), timesteps, self._prepared(context), control, embedding=embedding)
+        return self._own([prediction])[0]
 
     def controlnet(
         self,
@@ -94,7 +103,7 @@ class Binding:
     ) -> list[Tensor]:
         """ControlNet.forward on diffusers' arguments."""
         timesteps, embedding = self._embed(x, timestep, schedules)
-        return self.model(
+        outputs = self.model(
             _nhwc(x),
             None,
             timesteps,
@@ -103,6 +112,7 @@ class Binding:
             guided_hint=self._encoded(hint),
             embedding=embedding,
         )
+        return self._own(outputs)
 
     def zeros(self, x: Tensor) -> list[Tensor]:
         """What `controlnet` gives with scales 0, for x [N, C, h, w]: views of one zero."""
@@ -117,6 +127,10 @@ class Binding:
         channels = [*self.model.skip_channels, self.model.skip_channels[-1]]
         zero = x.new_zeros((), dtype=self.model.dtype)
         return [zero.expand(x.shape[0], c, *size) for c, size in zip(channels, sizes, strict=True)]
+
+    def _own(self, outputs: list[Tensor]) -> list[Tensor]:
+        """Copies where the outputs may be a CUDA graph's, whose next replay would write over them."""
+        return [t.clone() for t in outputs] if self._is_compiled and outputs[0].is_cuda else outputs
 
     def _embed(self, x: Tensor, timestep: Any, schedules: Iterable[Tensor]) -> tuple[Tensor, Embedding]:
         n = x.shape[0]

@@ -3,7 +3,7 @@
 import math
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -22,12 +22,13 @@ class _Accelerated:
     _binding: Binding | None = None
     _pipelines: Sequence[weakref.ref] = ()  # in which the module stands: their schedulers' timesteps are prepared
     _warned: frozenset[str] = frozenset()
+    _compile: Mapping[str, Any] | None = None  # arguments of torch.compile for the binding's model
     _was_contiguous = False  # the weights, before `accelerate` made them channels_last
 
     def bind(self) -> None:
         """Binds the module as it is now, and forgets what was kept of earlier calls."""
         try:
-            self._binding = Binding(self)
+            self._binding = Binding(self, self._compile)
         except Unserved as unserved:
             self._binding = None
             self._warn(str(unserved))

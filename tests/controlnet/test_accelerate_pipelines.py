@@ -3,9 +3,11 @@
 import diffusers
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import controlnet
 from controlnet.diffusers.binding import _item
+from controlnet.unet import Trunk
 from tests.controlnet.diffusers_models import draw, image, pipeline, prompt
 
 CONTROLLED = "StableDiffusionControlNetPipeline"
@@ -144,6 +146,25 @@ def test_stable_diffusion_2_with_v_prediction():
     pipe = pipeline(variant="sd21")
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
     check(pipe, prompt(image=image(), num_inference_steps=3))
+
+
+def test_compiled_with_what_is_kept_outside(monkeypatch):
+    """Graphs for ControlNet and U-Net, and for the U-Net with zeros: nothing else is a reason to compile again."""
+    prepared = []
+    for name in ("prepare_context", "prepare_timesteps"):
+        method = getattr(Trunk, name)
+        monkeypatch.setattr(Trunk, name, lambda *args, method=method: prepared.append(1) or method(*args))
+    pipe = pipeline()
+    arguments = prompt(image=image(), num_inference_steps=6, control_guidance_end=0.5)
+    before = draw(pipe, **arguments)
+    graphs = CompileCounterWithBackend("aot_eager")
+    controlnet.accelerate(pipe, compile={"backend": graphs, "fullgraph": True})
+    for _ in range(2):
+        assert (draw(pipe, **arguments) - before).abs().max() < TOLERANCE
+    assert graphs.frame_count == 3
+    assert len(prepared) == 2 * 2 * 2  # calls, models, methods
+    controlnet.restore(pipe)
+    assert torch.equal(draw(pipe, **arguments), before)
 
 
 def test_a_module_in_two_pipelines():

@@ -40,15 +40,18 @@ def _choices() -> list[str]:
         file = tuning.file_name(gpu)
         found = "is used" if tuning.table(gpu) else "is not there: the first backend below that can serve a call does"
         lines.append(f"measured     cnkernels/tuning/{file} {found}")
+    reasons: dict[str, None] = {}  # an ordered set: one reason holds for many ops and dtypes
     for op in dispatch.OPS:
+        dtypes: dict[str, list[str]] = {}
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             chosen = dispatch.select(op, device, dtype)
-            lines.append(f"{op:<16} {str(dtype):<15} {device.type:<5} -> {chosen}")
+            dtypes.setdefault(chosen, []).append(str(dtype).removeprefix("torch."))
             for backend in dispatch.BACKENDS:
                 reason = dispatch.why_not(op, backend, device, dtype)
                 if backend != chosen and reason:
-                    lines.append(f"{'':<18}not {backend}: {reason}")
-    return lines
+                    reasons[f"not {backend:<8} {reason}"] = None
+        lines += [f"{op:<16} {device.type} -> {chosen:<10} {', '.join(names)}" for chosen, names in dtypes.items()]
+    return lines + list(reasons)
 
 
 def report() -> str:

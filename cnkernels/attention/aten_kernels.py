@@ -1,5 +1,7 @@
 """Attention of PyTorch's own kernels. On a CPU: blocks of scores that stay in the cache, head by head, in float32.
 
+Small heads go all together, by the reference's formulas.
+
 PyTorch's flash attention for the CPU is neither as fast nor within the tests' rule: its exp is approximate, and its
 backward takes probabilities from the rounded log-sum-exp.
 
@@ -22,12 +24,13 @@ _BLOCK = 1 << 19  # scores of one block, for each thread
 _MANY = 512  # fewer queries or keys do not repay what `_fused_operands` costs
 _DEPTH = 8.0  # sigmoid(t) for t <= -8 is exp(t) to a fifth of a rounding of bfloat16
 _LEAST = 87.0  # exp(-87) is the last that bfloat16, as float32, holds as a normal number
+_FEW = 1 << 16  # scores of a head: with fewer, going head by head takes longer than computing
 _SCORES = 1 << 25  # that are there at once where all heads go together
 _EVEN = 256.0  # up to here bfloat16 rounds c by no more than a half
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    if q.device.type != "cpu":
+    if _go_together(q, k):
         return _fwd_together(q, k, v, scale)
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
@@ -49,7 +52,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
 def attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, need: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if q.device.type != "cpu":
+    if _go_together(q, k):
         return _bwd_together(dout, q, k, v, out, lse, scale, need)
     gradients = tuple(
         torch.empty(t.shape, dtype=t.dtype) if wanted else None for t, wanted in zip((q, k, v), need, strict=True)
@@ -61,6 +64,11 @@ def attention_bwd(
                 if whole is not None:
                     whole[b, :, h] = part
     return gradients
+
+
+def _go_together(q: Tensor, k: Tensor) -> bool:
+    """Whether all heads go together: on another device, and where a head is small."""
+    return q.device.type != "cpu" or q.shape[1] * k.shape[1] < _FEW
 
 
 def _fwd_plain(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:

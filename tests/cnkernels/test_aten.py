@@ -9,7 +9,7 @@ from cnkernels import dispatch, onednn
 from cnkernels.attention import aten_kernels as attention
 from tests.cnkernels import harness
 from tests.cnkernels.harness import DEVICE, randn
-from tests.cnkernels.test_attention import LAYOUTS, eager, fused, inputs
+from tests.cnkernels.test_attention import LAYOUTS, SHAPES, eager, fused, inputs
 
 on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="a path of the CPU")
 fuses = pytest.mark.skipif(
@@ -106,16 +106,34 @@ def test_log_sum_exp_of_fused_attention(paths):
 
 
 @on_cpu
+@pytest.mark.parametrize("dtype", harness.DTYPES, ids=str)
+@pytest.mark.parametrize("batch, heads, queries, keys, dim", SHAPES)
+def test_attention_head_by_head(batch, heads, queries, keys, dim, dtype, monkeypatch, paths):
+    """The shared tests' shapes, on the path of larger ones."""
+    monkeypatch.setattr(attention, "_FEW", 0)
+    harness.compare(fused(), eager(), inputs(batch, heads, queries, keys, dim), dtype, "aten")
+    assert paths == ["_fwd_plain"] * (batch * heads)
+
+
+@on_cpu
+@pytest.mark.parametrize("arrange", LAYOUTS)
+def test_attention_head_by_head_reads_every_layout(arrange, monkeypatch):
+    monkeypatch.setattr(attention, "_FEW", 0)
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = inputs(2, 2, 33, 40, 40)
+        harness.compare(fused(), eager(), tensors, dtype, "aten", arrange=arrange, arrange_upstream=arrange)
+
+
+@on_cpu
 def test_attention_in_several_blocks(monkeypatch):
+    monkeypatch.setattr(attention, "_FEW", 0)
     monkeypatch.setattr(attention, "_BLOCK", 64)
     for dtype in (torch.float32, torch.bfloat16):
         harness.compare(fused(), eager(), inputs(1, 2, 150, 90, 40), dtype, "aten")
 
 
-def test_attention_off_the_cpu(monkeypatch):
-    """The path of other devices, on this one: several parts of the queries, whose dk and dv are added in float32."""
-    monkeypatch.setattr(attention, "attention_fwd", attention._fwd_together)
-    monkeypatch.setattr(attention, "attention_bwd", attention._bwd_together)
+def test_attention_in_several_parts_of_the_queries(monkeypatch):
+    """All heads together, as on other devices: dk and dv of the parts are added in float32."""
     monkeypatch.setattr(attention, "_SCORES", 2 * 2 * 90 * 40)
     for dtype in harness.DTYPES:
         harness.compare(fused(), eager(), inputs(2, 2, 150, 90, 40), dtype, "aten")

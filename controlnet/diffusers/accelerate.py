@@ -83,8 +83,9 @@ def restore(target: Target) -> Target:
         if original is not None:
             if getattr(module, "_was_contiguous", False):
                 module.to(memory_format=torch.contiguous_format)
+            own = type(module).OWN
             _swap(module, original)
-            for name in ("_binding", "_pipelines", "_warned", "_compile", "_was_contiguous", "_watch", "_plain"):
+            for name in own:
                 vars(module).pop(name, None)
     return target
 

@@ -1,9 +1,10 @@
 """Drop-in classes for diffusers' UNet2DConditionModel and ControlNetModel, whose forward is this library's."""
 
+import functools
 import math
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -19,7 +20,9 @@ from controlnet.scales import Scale
 class _Accelerated:
     """What the drop-in classes share: a binding that follows the module, and the way back to diffusers' forward."""
 
+    OWN = ("_binding", "_unserved", "_pipelines", "_warned", "_compile", "_was_contiguous")  # attributes of instances
     _binding: Binding | None = None
+    _unserved: str | None = "a module that was never bound"  # why there is no binding, or no use for it now
     _pipelines: Sequence[weakref.ref] = ()  # in which the module stands: their schedulers' timesteps are prepared
     _warned: frozenset[str] = frozenset()
     _compile: Mapping[str, Any] | None = None  # arguments of torch.compile for the binding's model
@@ -29,29 +32,31 @@ class _Accelerated:
         """Binds the module as it is now, and forgets what was kept of earlier calls."""
         try:
             self._binding = Binding(self, self._compile)
+            self._unserved = self._binding.watch.feature()
         except Unserved as unserved:
-            self._binding = None
-            self._warn(str(unserved))
+            self._binding, self._unserved = None, str(unserved)
 
     @torch.compiler.disable
     def _follow(self) -> Binding | None:
         """The binding, made again if the module was changed; None, after one warning, if diffusers has to compute."""
         if self._binding is None or not self._binding.watch.unchanged():
             self.bind()
-        feature = None if self._binding is None else self._binding.watch.feature()
-        if feature is not None:
-            self._warn(feature)
-        return self._binding if feature is None else None
+        else:
+            self._unserved = self._binding.watch.feature()
+        if self._unserved is not None:
+            self._warn(self._unserved)
+        return self._binding if self._unserved is None else None
 
     def _served(self, **unserved: Any) -> Binding | None:
         """The binding that serves a call, or None; `unserved` are the arguments that have to be None."""
         given = [name for name, value in unserved.items() if value is not None]
+        if torch.compiler.is_compiling() and "_binding" in vars(self):
+            # Compiled code cannot look for changes: its guards see what the last `bind` found (see `_CHANGES`).
+            return self._binding if self._unserved is None and not given else None
         if given:
             self._warn(f"the argument {given[0]}")
             return None
-        # Compiled code cannot look for changes; torch.compile's own guards see a binding that `bind` made anew.
-        compiled = torch.compiler.is_compiling() and self._binding is not None
-        return self._binding if compiled else self._follow()
+        return self._follow()
 
     def _warn(self, feature: str) -> None:
         if feature not in self._warned:
@@ -66,12 +71,8 @@ class _Accelerated:
             if pipeline is not None:
                 yield getattr(pipeline.scheduler, "timesteps", None)
 
-    def unload_lora(self) -> None:
-        super().unload_lora()
-        self.bind()  # a LoRA that was fused has changed weights through `.data`, where nobody sees it
-
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_binding", "_pipelines", "_warned")}
+        return {key: value for key, value in vars(self).items() if key not in self.OWN[:4]}  # a copy binds itself
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         # The class says that it is diffusers' (see below), where pickle would look for it and find another.
@@ -215,6 +216,38 @@ def _scales(scale: Scale, count: int, guess_mode: bool) -> list[Scale]:
         return [scale] * count
     return [scale * math.pow(10, i / (count - 1) - 1) for i in range(count)]
 
+
+def _then_bind(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def changed(self: _Accelerated, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        if "_binding" in vars(self):
+            self.bind()
+        return result
+
+    return changed
+
+
+# diffusers' methods that change what a module computes. Eager calls notice by themselves, but for weights into which a
+# LoRA was merged through `.data`; compiled ones do not.
+_CHANGES = (
+    "add_adapter",
+    "load_lora_adapter",
+    "delete_adapters",
+    "fuse_lora",
+    "unfuse_lora",
+    "unload_lora",
+    "set_attn_processor",
+    "_load_ip_adapter_weights",
+    "enable_freeu",
+    "disable_freeu",
+    "enable_gradient_checkpointing",
+    "disable_gradient_checkpointing",
+)
+for _cls in (UNet2DConditionModel, ControlNetModel):
+    for _name in _CHANGES:
+        if hasattr(_cls, _name):
+            setattr(_cls, _name, _then_bind(getattr(_cls, _name)))
 
 DROP_INS = {cls.__mro__[2]: cls for cls in (UNet2DConditionModel, ControlNetModel)}
 

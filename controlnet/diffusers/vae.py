@@ -12,6 +12,7 @@ from controlnet.diffusers.watch import Watch
 class _Accelerated:
     """What both share: their blocks, computed here as long as they are what AutoencoderKL makes them."""
 
+    OWN = ("_watch", "_plain", "_was_contiguous")  # attributes of instances
     _watch: Watch | None = None
 
     @torch.compiler.disable
@@ -25,7 +26,7 @@ class _Accelerated:
         return self.conv_out(_norm(self.conv_norm_out, h, "silu"))
 
     def __getstate__(self):
-        return {key: value for key, value in vars(self).items() if key not in ("_watch", "_plain")}
+        return {key: value for key, value in vars(self).items() if key not in self.OWN[:2]}
 
 
 class Encoder(_Accelerated, vae.Encoder):

@@ -33,20 +33,21 @@ class _SharedAttention(CrossAttention):
     `.to()`. Where gradients flow they are joined in each call, so that backward reads the tokens once.
     """
 
+    @property
+    def to_qkv(self) -> Tensor:
+        return torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
+
     def project(self, tokens: Later) -> tuple[Tensor, Tensor, Tensor]:
-        weights = [self.to_q.weight, self.to_k.weight, self.to_v.weight]
         if torch.is_grad_enabled():
-            packed = recompute.chain(tokens, recompute.Linear(), torch.cat(weights))
-            return packed.unflatten(2, (3, self.heads, -1)).unbind(2)
-        x = tokens.now().to(weights[0].dtype)
-        q, k, v = (recompute.linear(x, weight).unflatten(2, (self.heads, -1)) for weight in weights)
-        return q, k, v
+            return super().project(tokens)
+        x = tokens.now().to(self.to_q.weight.dtype)
+        return self._heads_of(x, self.to_q), self._heads_of(x, self.to_k), self._heads_of(x, self.to_v)
 
     def project_context(self, context: Tensor) -> Tensor:
-        pair = [
-            recompute.linear(context, layer.weight).unflatten(2, (self.heads, -1)) for layer in (self.to_k, self.to_v)
-        ]
-        return torch.stack(pair, dim=2)
+        return torch.stack([self._heads_of(context, self.to_k), self._heads_of(context, self.to_v)], dim=2)
+
+    def _heads_of(self, x: Tensor, layer: nn.Linear) -> Tensor:
+        return recompute.linear(x, layer.weight).unflatten(2, (self.heads, -1))
 
 
 class Binding:

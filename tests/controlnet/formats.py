@@ -9,19 +9,9 @@ from torch import Tensor, nn
 from controlnet.checkpoints import nemo
 from controlnet.controlnet import ControlNet
 from controlnet.unet import UNet
-from tests.controlnet import tiny
+from tests.controlnet import tiny, twins
 
-BASE = {
-    "in_channels": 4,
-    "model_channels": 32,
-    "num_res_blocks": 1,
-    "attention_resolutions": [1, 2],
-    "channel_mult": [1, 2],
-    "num_heads": 8,
-    "use_spatial_transformer": True,
-    "context_dim": 16,
-    "legacy": False,
-}
+BASE = twins.BASE | {"num_heads": 8, "context_dim": 16}
 SD2 = {"num_heads": -1, "num_head_channels": 64, "model_channels": 64, "use_linear_in_transformer": True}
 FAMILIES = {"sd15": {}, "sd21": SD2}
 HINT = {"hint_channels": 3, "hint_block_channels": (8, 16)}

@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.jobs import SD15
-from controlnet.controlnet import ControlNet
-from controlnet.diffusion import ControlledUNet
-from controlnet.unet import UNet
+from controlnet.model.controlled import ControlledUNet
+from controlnet.model.controlnet import ControlNet
+from controlnet.model.unet import UNet
 
 DTYPE = torch.bfloat16
 LATENT, HINT, CONTEXT = (4, 64, 64), (3, 512, 512), (77, 768)

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from benchmarks import timing
 from benchmarks.budget import Budget, OverBudget
-from controlnet.controlnet import ControlNet
-from controlnet.diffusion import ControlledUNet, DiffusionLoss, NoiseSchedule
-from controlnet.unet import UNet
+from controlnet.model.controlled import ControlledUNet
+from controlnet.model.controlnet import ControlNet
+from controlnet.model.diffusion import DiffusionLoss, NoiseSchedule
+from controlnet.model.unet import UNet
 
 SD15 = {
     "in_channels": 4,

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import jobs, machine
-from controlnet.diffusion import DiffusionLoss, NoiseSchedule
+from controlnet.model.diffusion import DiffusionLoss, NoiseSchedule
 
 STEPS, WARM_UP = 10, 3
 

@@ -5,8 +5,8 @@ from typing import Any
 
 _EXPORTS = {
     "CheckpointError": "controlnet.checkpoints.archive",
-    "ControlNet": "controlnet.controlnet",
-    "UNet": "controlnet.unet",
+    "ControlNet": "controlnet.model.controlnet",
+    "UNet": "controlnet.model.unet",
     "accelerate": "controlnet.diffusers",
     "add_control": "controlnet.checkpoints.convert",
     "convert": "controlnet.checkpoints.convert",

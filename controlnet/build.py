@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from controlnet import checkpoints
-from controlnet.architecture import Architecture
 from controlnet.conditioning import Conditioning
 from controlnet.config import ConfigError, instantiate
-from controlnet.config_keys import WEIGHT_KEYS
-from controlnet.controlnet import ControlNet
-from controlnet.diffusion import ControlledUNet
-from controlnet.unet import UNet
+from controlnet.config.keys import WEIGHT_KEYS
+from controlnet.model.architecture import Architecture
+from controlnet.model.controlled import ControlledUNet
+from controlnet.model.controlnet import ControlNet
+from controlnet.model.unet import UNet
 
 logger = logging.getLogger(__name__)
 

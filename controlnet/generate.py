@@ -16,12 +16,14 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from controlnet import build, checkpoints, config, training_state
+from controlnet import build, checkpoints, config
 from controlnet.conditioning import DTYPES, Conditioning
 from controlnet.config import ConfigError
-from controlnet.diffusion import ControlledUNet, NoiseSchedule
-from controlnet.images import fault, grid, to_uint8
-from controlnet.sampling import control_scales, ddim, guided, sample_with_scheduler
+from controlnet.inference.images import fault, grid, to_uint8
+from controlnet.inference.sampling import control_scales, ddim, guided, sample_with_scheduler
+from controlnet.model.controlled import ControlledUNet
+from controlnet.model.diffusion import NoiseSchedule
+from controlnet.training import checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -116,45 +118,45 @@ def diffusers_scheduler(name: str, schedule: NoiseSchedule) -> Any:
 
 
 def load(
-    checkpoint: Path, config_file: Path | None, overrides: Sequence[str] = (), average: bool = True
+    source: Path, config_file: Path | None, overrides: Sequence[str] = (), average: bool = True
 ) -> tuple[ControlledUNet, Conditioning, NoiseSchedule]:
     """The trained model with its conditioning and noise schedule, on the CPU, in float32.
 
     Arguments:
-        checkpoint: a run's folder (its newest complete checkpoint is taken), a checkpoint's folder, or a file of any
+        source: a run's folder (its newest complete checkpoint is taken), a checkpoint's folder, or a file of any
             layout that `checkpoints` reads.
         config_file: YAML; by default the one in the checkpoint's folder.
         average: take the averaged weights where the checkpoint has them.
     Raises CheckpointError, ConfigError, FileNotFoundError.
     """
-    if not checkpoint.exists():
-        raise FileNotFoundError(f"nothing at {checkpoint}; expected a run's or a checkpoint's folder, or a file")
-    folder = _checkpoint_folder(checkpoint) if checkpoint.is_dir() else None
+    if not source.exists():
+        raise FileNotFoundError(f"nothing at {source}; expected a run's or a checkpoint's folder, or a file")
+    folder = _checkpoint_folder(source) if source.is_dir() else None
     if config_file is None and folder is None:
-        raise ConfigError(f"{checkpoint} is a file, which holds no configuration; give one with --config")
+        raise ConfigError(f"{source} is a file, which holds no configuration; give one with --config")
     cfg = config.load(config_file or folder / "config.yaml", overrides)
     if folder is None and cfg.model.ckpt_path is None:
-        cfg.model.ckpt_path = str(checkpoint)  # also brings what else the file holds: U-Net, VAE, text encoder
+        cfg.model.ckpt_path = str(source)  # also brings what else the file holds: U-Net, VAE, text encoder
     model, conditioning = build.build_model(cfg.model), build.build_conditioning(cfg.model)
     if folder is None:
-        if "control" not in checkpoints.parts(checkpoint):
-            raise checkpoints.CheckpointError(f"{checkpoint} holds no ControlNet")
-        checkpoints.load_control(model.control, checkpoint, source="control")
+        if "control" not in checkpoints.parts(source):
+            raise checkpoints.CheckpointError(f"{source} holds no ControlNet")
+        checkpoints.load_control(model.control, source, source="control")
     else:
-        training_state.load_model(model, folder)
-        if average and (folder / training_state.AVERAGE).is_file():
-            training_state.load_average(model, folder)
+        checkpoint.load_model(model, folder)
+        if average and (folder / checkpoint.AVERAGE).is_file():
+            checkpoint.load_average(model, folder)
     return model.eval(), conditioning, NoiseSchedule.from_config(cfg.model)
 
 
 def _checkpoint_folder(folder: Path) -> Path:
     """The folder itself, or the newest complete checkpoint of the run that it belongs to."""
-    if (folder / training_state.CHECKPOINTS).is_dir():
-        newest = training_state.newest_complete(folder / training_state.CHECKPOINTS, logger.warning)
+    if (folder / checkpoint.CHECKPOINTS).is_dir():
+        newest = checkpoint.newest_complete(folder / checkpoint.CHECKPOINTS, logger.warning)
         if newest is None:
             raise checkpoints.CheckpointError(f"{folder} holds no complete checkpoint")
         return newest
-    problem = training_state.fault(folder)
+    problem = checkpoint.fault(folder)
     if problem is not None:
         raise checkpoints.CheckpointError(problem)
     return folder

@@ -20,8 +20,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from controlnet import build, config
 from controlnet.data import build_loader
-from controlnet.distributed import RankError, StopRequest, World, start
-from controlnet.trainer import Trainer
+from controlnet.training.distributed import RankError, StopRequest, World, start
+from controlnet.training.trainer import Trainer
 
 logger = logging.getLogger("controlnet")
 

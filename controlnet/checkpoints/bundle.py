@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from controlnet.architecture import Architecture
 from controlnet.checkpoints import folders, layouts, shapes, vae
 from controlnet.checkpoints.files import CheckpointError, read
 from controlnet.checkpoints.load import compare, listing
 from controlnet.config import nearest
-from controlnet.controlnet import ControlNet
-from controlnet.unet import UNet
+from controlnet.model.architecture import Architecture
+from controlnet.model.controlnet import ControlNet
+from controlnet.model.unet import UNet
 
 MODELS = {"unet": UNet, "control": ControlNet}
 METADATA = "controlnet.heads"  # in a safetensors file that we wrote: what its shapes do not tell, as JSON

@@ -13,8 +13,8 @@ from controlnet.checkpoints.files import CheckpointError
 from controlnet.checkpoints.layouts import PREFIXES, grouped
 from controlnet.checkpoints.load import CONTROL_ONLY, Report
 from controlnet.checkpoints.write import write
-from controlnet.controlnet import ControlNet
-from controlnet.unet import UNet
+from controlnet.model.controlnet import ControlNet
+from controlnet.model.unet import UNet
 
 logger = logging.getLogger(__name__)
 

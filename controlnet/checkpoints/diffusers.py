@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from controlnet.architecture import Architecture, ControlNetArchitecture
 from controlnet.checkpoints.files import CheckpointError
+from controlnet.model.architecture import Architecture, ControlNetArchitecture
 
 _RES = {
     "in_layers.0": "norm1",

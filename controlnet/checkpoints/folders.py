@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from controlnet.architecture import Architecture, ControlNetArchitecture
 from controlnet.checkpoints.files import CheckpointError
+from controlnet.model.architecture import Architecture, ControlNetArchitecture
 
 CLASSES = {"unet": "UNet2DConditionModel", "control": "ControlNetModel"}
 SUBFOLDERS = {"unet": "unet", "control": "controlnet", "first_stage": "vae", "cond_stage": "text_encoder"}

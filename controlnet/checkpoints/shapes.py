@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from controlnet.architecture import Architecture, ControlNetArchitecture, UNetArchitecture
 from controlnet.checkpoints import diffusers
 from controlnet.checkpoints.files import CheckpointError
+from controlnet.model.architecture import Architecture, ControlNetArchitecture, UNetArchitecture
 
 SD1_HEADS = 8
 SD2_HEAD_CHANNELS = 64

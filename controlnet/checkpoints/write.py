@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from controlnet.architecture import Architecture
 from controlnet.checkpoints import archive, folders, nemo, shapes, vae
 from controlnet.checkpoints.bundle import METADATA, MODELS, Bundle, text_to_diffusers
 from controlnet.checkpoints.files import PICKLES, CheckpointError
 from controlnet.checkpoints.layouts import PREFIXES
+from controlnet.model.architecture import Architecture
 
 FORMATS = ("original", "diffusers", "nemo", "nemo-1.23")
 

@@ -10,13 +10,13 @@ from cnkernels import recompute
 from cnkernels.recompute import Later
 from controlnet.checkpoints import bundle, diffusers, folders, shapes
 from controlnet.checkpoints.files import CheckpointError
-from controlnet.controlnet import ControlNet
 from controlnet.diffusers.memo import Memo
 from controlnet.diffusers.watch import Watch
-from controlnet.layers import Prepared, ResBlock
-from controlnet.scales import Scale
-from controlnet.transformer import CrossAttention, Linear
-from controlnet.unet import Embedding, UNet
+from controlnet.model.controlnet import ControlNet
+from controlnet.model.layers import Prepared, ResBlock
+from controlnet.model.scales import Scale
+from controlnet.model.transformer import CrossAttention, Linear
+from controlnet.model.unet import Embedding, UNet
 
 # A schedule longer than this is not prepared: the projections of 1000 steps would take more memory than they save time.
 _LONGEST_SCHEDULE = 256

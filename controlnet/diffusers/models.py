@@ -14,7 +14,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
 from controlnet.diffusers.binding import Binding, Unserved
-from controlnet.scales import Scale
+from controlnet.model.scales import Scale
 
 
 class _Accelerated:

@@ -21,14 +21,15 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from controlnet import build, config, train, training_state
-from controlnet.diffusion import NoiseSchedule
-from controlnet.images import grid, to_uint8
+from controlnet import build, config, train
+from controlnet.inference.images import grid, to_uint8
+from controlnet.inference.sampling import ddim
+from controlnet.model.diffusion import NoiseSchedule
 from controlnet.quickstart.make_base import BASE, CONFIG
 from controlnet.quickstart.plot import loss_curve
 from controlnet.quickstart.scenes import caption_score, control_score
 from controlnet.quickstart.shards import Scenes, held_out, write_shards
-from controlnet.sampling import ddim
+from controlnet.training import checkpoint
 
 logger = logging.getLogger("controlnet")
 
@@ -128,8 +129,8 @@ def run(
     before = draw(cfg, scenes, None)
 
     train.main(["--config", str(CONFIG), *overrides])
-    _, checkpoint = training_state.checkpoints(folder / training_state.CHECKPOINTS)[-1]
-    after = draw(cfg, scenes, checkpoint / ("ema.safetensors" if cfg.exp_manager.ema.enable else "control.safetensors"))
+    _, newest = checkpoint.checkpoints(folder / checkpoint.CHECKPOINTS)[-1]
+    after = draw(cfg, scenes, newest / ("ema.safetensors" if cfg.exp_manager.ema.enable else "control.safetensors"))
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if row.get("loss")]

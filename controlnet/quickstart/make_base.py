@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from controlnet import build, config
 from controlnet.conditioning import Conditioning
-from controlnet.diffusion import NoiseSchedule
-from controlnet.optim import ExponentialAverage, LearningRate, build_optimizer
+from controlnet.model.diffusion import NoiseSchedule
+from controlnet.model.unet import UNet
 from controlnet.quickstart.scenes import scene
-from controlnet.randomness import RandomStreams
-from controlnet.unet import UNet
+from controlnet.training.optim import ExponentialAverage, LearningRate, build_optimizer
+from controlnet.training.randomness import RandomStreams
 
 logger = logging.getLogger("controlnet")
 

@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from controlnet.checkpoints import nemo
-from controlnet.controlnet import ControlNet
-from controlnet.unet import UNet
+from controlnet.model.controlnet import ControlNet
+from controlnet.model.unet import UNet
 from tests.controlnet import tiny, twins
 
 BASE = twins.BASE | {"num_heads": 8, "context_dim": 16}

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from controlnet import train
-from controlnet.distributed import StopRequest, start
+from controlnet.training.distributed import StopRequest, start
 from tests.controlnet import tiny_run
 
 

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import controlnet
 from controlnet.diffusers.binding import _item
-from controlnet.unet import Trunk
+from controlnet.model.unet import Trunk
 from tests.controlnet.diffusers_models import draw, image, pipeline, prompt
 
 CONTROLLED = "StableDiffusionControlNetPipeline"

@@ -5,10 +5,10 @@ import inspect
 import pytest
 import torch
 
-from controlnet.architecture import ONLY_VALUES, Architecture
-from controlnet.controlnet import ControlNet
-from controlnet.transformer import CrossAttention
-from controlnet.unet import UNet
+from controlnet.model.architecture import ONLY_VALUES, Architecture
+from controlnet.model.controlnet import ControlNet
+from controlnet.model.transformer import CrossAttention
+from controlnet.model.unet import UNet
 from tests.controlnet.twins import BASE
 
 SD15 = {

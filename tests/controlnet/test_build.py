@@ -7,16 +7,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import controlnet
 from controlnet import config
 from controlnet.build import build_conditioning, build_model
 from controlnet.checkpoints import CheckpointError
 from controlnet.config import ConfigError
-from controlnet.diffusion import DiffusionLoss, NoiseSchedule
-from controlnet.unet import UNet
+from controlnet.model.diffusion import DiffusionLoss, NoiseSchedule
+from controlnet.model.unet import UNet
 from tests.controlnet import tiny
 from tests.controlnet.tiny import randomised
 
-RECIPE = Path(config.__file__).parent / "configs" / "sd15_seg.yaml"
+RECIPE = Path(controlnet.__file__).parent / "configs" / "sd15_seg.yaml"
 CONTROL_ONLY = ("zero_convs.", "input_hint_block.", "middle_block_out.")
 NET = {
     "in_channels": 12,

@@ -14,8 +14,8 @@ from torch import nn
 
 from controlnet import checkpoints
 from controlnet.checkpoints import CheckpointError, layouts, load_control, load_unet, nemo
-from controlnet.controlnet import ControlNet
-from controlnet.unet import UNet
+from controlnet.model.controlnet import ControlNet
+from controlnet.model.unet import UNet
 from tests.controlnet.tiny import randomised
 
 SMALL = {

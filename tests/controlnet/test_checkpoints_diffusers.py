@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 
 from controlnet import checkpoints
 from controlnet.checkpoints import CheckpointError, diffusers, load_control, load_unet, vae
-from controlnet.controlnet import ControlNet
-from controlnet.unet import UNet
+from controlnet.model.controlnet import ControlNet
+from controlnet.model.unet import UNet
 from tests.controlnet import tiny
 from tests.controlnet.twins import BASE, CASES, controlnet_pair, unet_pair
 

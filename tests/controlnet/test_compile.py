@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from controlnet.controlnet import ControlNet
-from controlnet.diffusion import ControlledUNet, DiffusionLoss, NoiseSchedule
-from controlnet.unet import UNet
+from controlnet.model.controlled import ControlledUNet
+from controlnet.model.controlnet import ControlNet
+from controlnet.model.diffusion import DiffusionLoss, NoiseSchedule
+from controlnet.model.unet import UNet
 from tests.controlnet.twins import BASE, assert_same, randomise
 
 # One level with attention and one without: a block of every kind, an upsampling, a downsampling.

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import controlnet
 from controlnet import config
 from controlnet.config import ConfigError
-from controlnet.config_keys import CHOICES, NO_EFFECT, ONLY, SCHEMA, TARGETS
+from controlnet.config.keys import CHOICES, NO_EFFECT, ONLY, SCHEMA, TARGETS
 
-RECIPE = Path(config.__file__).parent / "configs" / "sd15_seg.yaml"
+RECIPE = Path(controlnet.__file__).parent / "configs" / "sd15_seg.yaml"
 NEMO_NAMES = "nemo.collections.multimodal"
 
 # Every key of NeMo's ControlNet configuration, with the values it has there.
@@ -187,8 +188,8 @@ def test_nemo_file_runs_as_it_is(load):
     assert "params" not in control and control.hint_channels == 3 and control.from_NeMo is True
     targets = {stage: c.model[stage]._target_ for stage in ("unet_config", "control_stage_config")}
     assert targets == {
-        "unet_config": "controlnet.unet.UNet",
-        "control_stage_config": "controlnet.controlnet.ControlNet",
+        "unet_config": "controlnet.model.unet.UNet",
+        "control_stage_config": "controlnet.model.controlnet.ControlNet",
     }
     assert c.model.first_stage_config._target_ == "controlnet.conditioning.AutoencoderKL"
     assert c.model.cond_stage_config._target_ == "controlnet.conditioning.CLIPTextEncoder"
@@ -196,7 +197,7 @@ def test_nemo_file_runs_as_it_is(load):
 
 def test_original_file_runs_as_it_is(load):
     c = load(ORIGINAL)
-    assert c.model._target_ == "controlnet.diffusion.ControlledUNet"
+    assert c.model._target_ == "controlnet.model.controlled.ControlledUNet"
     assert c.model.unet_config.out_channels == 4 and c.model.unet_config.use_checkpoint is True
     assert c.model.first_stage_config.ddconfig.ch == 128
     assert c.model.parameterization == "eps" and c.model.sd_locked is True
@@ -290,7 +291,7 @@ def test_precision_spellings(load, spelling, name):
             "model.unet_config._target_=cldm.cldm.ControledUnetModel",
             ["cldm.cldm.ControledUnetModel", "cldm.cldm.ControlledUnetModel"],
         ),
-        ("model.unet_config.target=cldm.cldm.ControlNet", ["model.unet_config", "controlnet.unet.UNet"]),
+        ("model.unet_config.target=cldm.cldm.ControlNet", ["model.unet_config", "controlnet.model.unet.UNet"]),
         (
             f"model.cond_stage_config._target_={NEMO_NAMES}.modules.stable_diffusion.encoders.modules.FrozenMegatronCLIPEmbedder",
             ["FrozenMegatronCLIPEmbedder", "transformers folder"],
@@ -362,8 +363,8 @@ def test_the_tables_name_real_keys():
 
 
 def test_what_no_code_reads_is_listed_as_without_effect():
-    package = Path(config.__file__).parent
-    code = "\n".join(path.read_text() for path in package.rglob("*.py") if path.name != "config_keys.py")
+    package = Path(controlnet.__file__).parent
+    code = "\n".join(path.read_text() for path in package.rglob("*.py") if path.name != "keys.py")
     words = set(re.findall(r"\w+", code))
     unread = [path for path in leaves(SCHEMA) if path.rpartition(".")[2] not in words]
     assert [path for path in unread if path not in {**NO_EFFECT, **ONLY}] == []
@@ -379,7 +380,7 @@ def test_instantiate_drops_what_has_no_effect_and_refuses_the_rest():
     with pytest.raises(ConfigError, match="SpaceToDepth wants a value for factor"):
         config.instantiate({"_target_": "controlnet.conditioning.SpaceToDepth"})
     with pytest.raises(ConfigError, match="UNet wants a value for .*model_channels"):
-        config.instantiate({"_target_": "controlnet.unet.UNet", "in_channels": 4})
+        config.instantiate({"_target_": "controlnet.model.unet.UNet", "in_channels": 4})
     with pytest.raises(ConfigError, match="no _target_"):
         config.instantiate({"factor": 4})
 
@@ -419,3 +420,16 @@ def test_without_omegaconf_the_message_says_what_to_install():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'omegaconf" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("controlnet.unet.UNet", "controlnet.model.unet.UNet"),
+        ("controlnet.controlnet.ControlNet", "controlnet.model.controlnet.ControlNet"),
+        ("controlnet.diffusion.ControlledUNet", "controlnet.model.controlled.ControlledUNet"),
+    ],
+)
+def test_names_from_before_the_modules_moved_are_aliases(old, new):
+    assert config.canonical_target(old) == new
+    assert config.import_target(old) is config.import_target(new)

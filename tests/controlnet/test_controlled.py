@@ -4,7 +4,7 @@ import torch
 
 import cnkernels
 from cnkernels.nn import ZeroConv2d
-from controlnet.scales import controlled
+from controlnet.model.scales import controlled
 
 SIZES = [(8, 4, 6), (8, 4, 6), (16, 2, 3), (16, 1, 1)]  # channels, height, width
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from controlnet.controlnet import ControlNet
-from controlnet.unet import UNet
+from controlnet.model.controlnet import ControlNet
+from controlnet.model.unet import UNet
 from tests.controlnet import twins
 from tests.controlnet.twins import BASE, CASES, assert_same, randomise
 

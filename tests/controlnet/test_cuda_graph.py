@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from controlnet.diffusion import DiffusionLoss, NoiseSchedule
+from controlnet.model.diffusion import DiffusionLoss, NoiseSchedule
 from tests.controlnet.test_compile import images, model
 
 pytestmark = [

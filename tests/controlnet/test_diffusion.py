@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from controlnet.diffusion import DiffusionLoss, NoiseSchedule
+from controlnet.model.diffusion import DiffusionLoss, NoiseSchedule
 from tests.controlnet import tiny_run
 
 DIFFUSERS_NAMES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from controlnet import training_state
-from controlnet.randomness import RandomStreams
+from controlnet.training import checkpoint
+from controlnet.training.randomness import RandomStreams
 from tests.controlnet import tiny_run
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="PyTorch was built without gloo")
@@ -111,9 +111,9 @@ def test_resumed_on_two_ranks(tmp_path, run_two):
     overrides = ["exp_manager.resume_if_exists=True", "model.sd_locked=False"]
     assert run_two(tmp_path / "whole", "train", *overrides, "trainer.max_steps=4")[0] == [0, 0]
     assert run_two(tmp_path / "parts", "train", *overrides, "trainer.max_steps=2")[0] == [0, 0]
-    checkpoint = tmp_path / "parts" / "checkpoints" / "step-00000002"
-    assert training_state.fault(checkpoint) is None
-    positions = [torch.load(checkpoint / f"rng-rank{rank}.pt", weights_only=True)["streams"] for rank in range(2)]
+    path = tmp_path / "parts" / "checkpoints" / "step-00000002"
+    assert checkpoint.fault(path) is None
+    positions = [torch.load(path / f"rng-rank{rank}.pt", weights_only=True)["streams"] for rank in range(2)]
     assert not torch.equal(positions[0]["generator"], positions[1]["generator"])
     assert run_two(tmp_path / "parts", "train", *overrides, "trainer.max_steps=4")[0] == [0, 0]
     whole, parts = results(tmp_path / "whole"), results(tmp_path / "parts")
@@ -146,7 +146,7 @@ def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(tmp_path, run_two):
     assert codes == [0, 0], outputs
     assert [result["stopped"] for result in results(tmp_path)] == [True, True]
     assert [result["step"] for result in results(tmp_path)] == [1, 1]
-    assert training_state.fault(tmp_path / "checkpoints" / "step-00000001") is None
+    assert checkpoint.fault(tmp_path / "checkpoints" / "step-00000001") is None
 
 
 def test_both_ranks_draw_the_grid(tmp_path, run_two):
@@ -189,5 +189,5 @@ def test_sigterm_to_torchrun_saves_and_ends(tmp_path, environment):
     process.communicate(timeout=60)
     first, second = results(tmp_path)
     assert first["stopped"] and second["stopped"] and first["step"] == second["step"] > 0
-    newest = training_state.newest_complete(tmp_path / "checkpoints")
-    assert newest.name == training_state.folder_name(first["step"])
+    newest = checkpoint.newest_complete(tmp_path / "checkpoints")
+    assert newest.name == checkpoint.folder_name(first["step"])

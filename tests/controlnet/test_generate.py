@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from controlnet import build, generate
 from controlnet.generate import Request, diffusers_scheduler
-from controlnet.images import fault, grid, to_uint8
-from controlnet.sampling import ddim
+from controlnet.inference.images import fault, grid, to_uint8
+from controlnet.inference.sampling import ddim
 from tests.controlnet import tiny_run
 
 SIZE = 16

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from controlnet.config import ConfigError
-from controlnet.optim import ExponentialAverage, LearningRate, build_optimizer
-from controlnet.trainer import accumulation
+from controlnet.training.optim import ExponentialAverage, LearningRate, build_optimizer
+from controlnet.training.trainer import accumulation
 
 
 class TestBatchArithmetic:

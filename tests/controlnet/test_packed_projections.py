@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from controlnet.optim import ExponentialAverage, trainable_tensors
-from controlnet.transformer import CrossAttention
-from controlnet.unet import UNet
+from controlnet.model.transformer import CrossAttention
+from controlnet.model.unet import UNet
+from controlnet.training.optim import ExponentialAverage, trainable_tensors
 from tests.controlnet.twins import BASE, randomise
 
 SELF = {"to_q.weight": [8, 8], "to_k.weight": [8, 8], "to_v.weight": [8, 8]}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from controlnet.diffusion import NoiseSchedule
-from controlnet.sampling import control_scales, ddim, ddim_timesteps, guided, sample_with_scheduler
+from controlnet.inference.sampling import control_scales, ddim, ddim_timesteps, guided, sample_with_scheduler
+from controlnet.model.diffusion import NoiseSchedule
 
 SHAPE = (2, 4, 5, 7)
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}

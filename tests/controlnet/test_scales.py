@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from controlnet.controlnet import ControlNet
-from controlnet.diffusion import ControlledUNet
-from controlnet.sampling import guided
-from controlnet.scales import for_both_halves
-from controlnet.unet import UNet
+from controlnet.inference.sampling import guided
+from controlnet.model.controlled import ControlledUNet
+from controlnet.model.controlnet import ControlNet
+from controlnet.model.scales import for_both_halves
+from controlnet.model.unet import UNet
 from tests.controlnet.twins import BASE, assert_same, randomise
 
 SIZES = [(4, 6), (4, 6), (2, 3), (2, 3), (2, 3)]  # of the outputs: two skips, a downsampling, a skip, the middle block

@@ -10,11 +10,12 @@ from safetensors.torch import save_file
 import controlnet
 from controlnet import build, config
 from controlnet.checkpoints import folders, shapes
-from controlnet.diffusion import ControlledUNet, NoiseSchedule
-from controlnet.sampling import ddim
+from controlnet.inference.sampling import ddim
+from controlnet.model.controlled import ControlledUNet
+from controlnet.model.diffusion import NoiseSchedule
 from tests.controlnet.twins import assert_same, randomise
 
-RECIPE = Path(config.__file__).parent / "configs" / "sd21.yaml"
+RECIPE = Path(controlnet.__file__).parent / "configs" / "sd21.yaml"
 # SD 2.1's own config.json, where it differs from the defaults; attention_head_dim is the number of heads.
 SD21 = {
     "attention_head_dim": (5, 10, 20, 20),

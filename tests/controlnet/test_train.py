@@ -11,9 +11,9 @@ from PIL import Image
 
 from controlnet import train
 from controlnet.config import ConfigError
-from controlnet.distributed import StopRequest, World, start
-from controlnet.randomness import RandomStreams
-from controlnet.trainer import run_folder
+from controlnet.training.distributed import StopRequest, World, start
+from controlnet.training.randomness import RandomStreams
+from controlnet.training.trainer import run_folder
 from tests.controlnet import tiny_run
 from tests.controlnet.tiny_run import rows
 

@@ -12,27 +12,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from controlnet import training_state
 from controlnet.checkpoints import CheckpointError
 from controlnet.config import ConfigError
-from controlnet.distributed import World
+from controlnet.training import checkpoint
+from controlnet.training.distributed import World
 from tests.controlnet import tiny_run
 
 CONTENT = {"a.bin": lambda path: path.write_bytes(b"x" * 1000), "b.txt": lambda path: path.write_text("words")}
 
 
 def save(folder, step, content=CONTENT):
-    return training_state.write(folder, step, content, {"world_size": 1})
+    return checkpoint.write(folder, step, content, {"world_size": 1})
 
 
 def steps(folder):
-    return [step for step, _ in training_state.checkpoints(folder)]
+    return [step for step, _ in checkpoint.checkpoints(folder)]
 
 
 def test_a_written_checkpoint_is_complete_and_names_its_files(tmp_path):
     path = save(tmp_path, 12)
     assert path.name == "step-00000012"
-    assert training_state.fault(path) is None
+    assert checkpoint.fault(path) is None
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["step"] == 12 and manifest["world_size"] == 1
     assert manifest["files"]["a.bin"]["size"] == 1000
@@ -53,15 +53,15 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage, message):
     older, newer = save(tmp_path, 1), save(tmp_path, 2)
     damage(newer)
     reports = []
-    assert training_state.newest_complete(tmp_path, reports.append) == older
+    assert checkpoint.newest_complete(tmp_path, reports.append) == older
     assert len(reports) == 1 and message in reports[0]
 
 
 def test_nothing_complete_is_none(tmp_path):
-    assert training_state.newest_complete(tmp_path) is None
-    assert training_state.newest_complete(tmp_path / "absent") is None
+    assert checkpoint.newest_complete(tmp_path) is None
+    assert checkpoint.newest_complete(tmp_path / "absent") is None
     (tmp_path / "step-00000009").mkdir()
-    assert training_state.newest_complete(tmp_path) is None
+    assert checkpoint.newest_complete(tmp_path) is None
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -74,7 +74,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 2, {"a.bin": CONTENT["a.bin"], "b.bin": no_space})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    assert training_state.fault(tmp_path / "step-00000001") is None
+    assert checkpoint.fault(tmp_path / "step-00000001") is None
 
 
 def test_a_step_saved_again_is_replaced(tmp_path):
@@ -88,12 +88,12 @@ def test_prune_keeps_two_at_least_and_removes_leftovers(tmp_path):
     for step in range(1, 6):
         save(tmp_path, step)
     (tmp_path / "step-00000003.tmp-999999").mkdir()
-    training_state.prune(tmp_path, 0)
+    checkpoint.prune(tmp_path, 0)
     assert steps(tmp_path) == [1, 2, 3, 4, 5]
     assert not (tmp_path / "step-00000003.tmp-999999").exists()
-    training_state.prune(tmp_path, 3)
+    checkpoint.prune(tmp_path, 3)
     assert steps(tmp_path) == [3, 4, 5]
-    training_state.prune(tmp_path, 1)
+    checkpoint.prune(tmp_path, 1)
     assert steps(tmp_path) == [4, 5]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
 
@@ -102,15 +102,15 @@ SAVE_FOREVER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from controlnet import training_state
+from controlnet.training import checkpoint
 folder = Path({folder!r})
 step = int(sys.argv[1])
 while True:
     step += 1
     write = lambda path: path.write_bytes(bytes([step % 256]) * 200_000)
     content = {{f"part{{i}}.bin": write for i in range(5)}}
-    training_state.write(folder, step, content, {{}})
-    training_state.prune(folder, 2)
+    checkpoint.write(folder, step, content, {{}})
+    checkpoint.prune(folder, 2)
     print(step, flush=True)
 """
 
@@ -128,20 +128,20 @@ def test_kill_9_during_save_never_loses_the_previous_one(tmp_path, pytestconfig)
         reported = process.stdout.read().split()
         process.wait()
         reached = int(reported[-1]) if reported else reached
-        newest = training_state.newest_complete(folder)
+        newest = checkpoint.newest_complete(folder)
         # The step it reported last is there, or the next one, whose report was cut off.
         assert newest is not None and int(newest.name.removeprefix("step-")) in (reached, reached + 1)
         # Everything that bears a checkpoint's name is complete.
-        assert all(training_state.fault(path) is None for _, path in training_state.checkpoints(folder))
+        assert all(checkpoint.fault(path) is None for _, path in checkpoint.checkpoints(folder))
         reached = int(newest.name.removeprefix("step-"))
 
 
 def test_random_state_round_trip(tmp_path):
     device = torch.device("cpu")
-    torch.save(training_state.random_state(device), tmp_path / "rng.pt")
+    torch.save(checkpoint.random_state(device), tmp_path / "rng.pt")
     expected = random.random(), np.random.normal(), torch.rand(3)
     state = torch.load(tmp_path / "rng.pt", weights_only=True)
-    training_state.set_random_state(state, device)
+    checkpoint.set_random_state(state, device)
     assert random.random() == expected[0] and np.random.normal() == expected[1]
     assert torch.equal(torch.rand(3), expected[2])
 
@@ -207,7 +207,7 @@ def test_files_have_the_originals_names_and_load_into_a_model(tmp_path):
     assert unet.keys() == {f"model.diffusion_model.{name}" for name in trainer.model.unet.state_dict()}
     assert torch.equal(control["control_model.zero_convs.0.0.weight"], trainer.model.control.zero_convs[0][0].weight)
     other = tiny_run.trainer(tiny_run.configuration(tmp_path / "other", "model.sd_locked=False", "model.seed=7"))
-    training_state.load_model(other.model, path)
+    checkpoint.load_model(other.model, path)
     for name, tensor in tiny_run.weights(trainer).items():
         assert torch.equal(tensor, dict(other.model.named_parameters())[name])
 
@@ -232,7 +232,7 @@ def test_a_crash_during_save_resumes_from_the_one_before(tmp_path):
 def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
     cfg = tiny_run.configuration(tmp_path, "exp_manager.checkpoint_callback_params.every_n_train_steps=1")
     tiny_run.trainer(cfg).fit()
-    training_state.shutil.rmtree(tmp_path / "checkpoints" / "step-00000003")
+    checkpoint.shutil.rmtree(tmp_path / "checkpoints" / "step-00000003")
     cfg.exp_manager.resume_if_exists = True
     cfg.trainer.max_steps = 4
     tiny_run.trainer(cfg).fit()
@@ -283,10 +283,10 @@ class TestRefused:
     def test_another_number_of_ranks(self, run):
         run.exp_manager.resume_if_exists = True
         trainer = tiny_run.trainer(run)
-        path = training_state.newest_complete(trainer.folder / "checkpoints")
+        path = checkpoint.newest_complete(trainer.folder / "checkpoints")
         trainer.world = World(0, 2, 0, torch.device("cpu"))
         with pytest.raises(CheckpointError, match="saved by 1 ranks and 2 run now"):
-            training_state.load(trainer, path)
+            checkpoint.load(trainer, path)
         run.exp_manager.resume_with_other_world_size = True
-        assert training_state.load(trainer, path) is None
+        assert checkpoint.load(trainer, path) is None
         assert trainer.step == 1

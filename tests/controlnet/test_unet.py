@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from controlnet.layers import TimestepEmbedding
-from controlnet.transformer import AttentionBlock
-from controlnet.unet import UNet
+from controlnet.model.layers import TimestepEmbedding
+from controlnet.model.transformer import AttentionBlock
+from controlnet.model.unet import UNet
 from tests.controlnet import twins
 from tests.controlnet.twins import BASE, CASES, assert_same, randomise
 

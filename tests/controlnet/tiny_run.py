@@ -5,8 +5,8 @@ import json
 import torch
 
 from controlnet import build, config
-from controlnet.distributed import StopRequest, World
-from controlnet.trainer import Trainer
+from controlnet.training.distributed import StopRequest, World
+from controlnet.training.trainer import Trainer
 
 WORDS = ["red", "green", "blue"]
 UNET = {
@@ -30,10 +30,10 @@ BASE = {
         "micro_batch_size": 2,
         "scale_factor": 1.0,
         "text_embedding_dropout_rate": 0.3,
-        "unet_config": {**UNET, "_target_": "controlnet.unet.UNet"},
+        "unet_config": {**UNET, "_target_": "controlnet.model.unet.UNet"},
         "control_stage_config": {
             **{key: value for key, value in UNET.items() if key != "out_channels"},
-            "_target_": "controlnet.controlnet.ControlNet",
+            "_target_": "controlnet.model.controlnet.ControlNet",
             "hint_channels": 3,
             "hint_block_channels": [8, 16],
         },

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from controlnet.checkpoints.diffusers import module_names, rename
-from controlnet.controlnet import ControlNet
-from controlnet.unet import UNet
+from controlnet.model.controlnet import ControlNet
+from controlnet.model.unet import UNet
 
 BASE = {
     "in_channels": 4,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from cnkernels.nn import GroupNormSiLU
-from controlnet.architecture import GROUPS, Architecture, UNetArchitecture
-from controlnet.layers import Downsample, Prepared, ResBlock, Size, TimestepEmbedding, Upsample, conv3x3, zeroed
-from controlnet.transformer import AttentionBlock, CrossAttention, SpatialTransformer
+from controlnet.model.architecture import GROUPS, Architecture, UNetArchitecture
+from controlnet.model.layers import Downsample, Prepared, ResBlock, Size, TimestepEmbedding, Upsample, conv3x3, zeroed
+from controlnet.model.transformer import AttentionBlock, CrossAttention, SpatialTransformer
 
 Embedding = Tensor | Prepared  # [N, 4 * model_channels], or of `Trunk.prepare_timesteps`
 Context = Tensor | Prepared | None  # [N, T, context_dim], or of `Trunk.prepare_context`

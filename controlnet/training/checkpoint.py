@@ -34,11 +34,11 @@ from torch import Tensor
 
 from controlnet.checkpoints import CheckpointError
 from controlnet.config import ConfigError
-from controlnet.diffusion import ControlledUNet
-from controlnet.optim import trainable_tensors
+from controlnet.model.controlled import ControlledUNet
+from controlnet.training.optim import trainable_tensors
 
 if TYPE_CHECKING:
-    from controlnet.trainer import Trainer
+    from controlnet.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

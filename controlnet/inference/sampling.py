@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from controlnet.diffusion import ControlledUNet, NoiseSchedule
-from controlnet.scales import for_both_halves
+from controlnet.model.controlled import ControlledUNet
+from controlnet.model.diffusion import NoiseSchedule
+from controlnet.model.scales import for_both_halves
 
 Scales = float | Tensor | Sequence[float | Tensor]
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x [N, C, h, w], t int64 [N]) -> prediction [N, C, h, w]

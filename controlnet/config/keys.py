@@ -77,7 +77,7 @@ SCHEMA: dict[str, Any] = {
         },
     },
     "model": {
-        "_target_": "controlnet.diffusion.ControlledUNet",
+        "_target_": "controlnet.model.controlled.ControlledUNet",
         "precision": None,
         "micro_batch_size": 1,
         "global_batch_size": Maybe(int),
@@ -199,7 +199,7 @@ SCHEMA: dict[str, Any] = {
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.accelerator": ("auto", "gpu", "cuda", "cpu"),
-    "model._target_": ("controlnet.diffusion.ControlledUNet",),
+    "model._target_": ("controlnet.model.controlled.ControlledUNet",),
     "model.parameterization": ("eps", "v", "x0"),
     "model.beta_schedule": ("linear", "sqrt_linear", "sqrt", "cosine"),
 }
@@ -294,39 +294,43 @@ WEIGHT_KEYS: dict[str, tuple[str, ...]] = {
 }
 
 STAGE_TARGETS: dict[str, tuple[str, ...]] = {
-    "unet_config": ("controlnet.unet.UNet",),
-    "control_stage_config": ("controlnet.controlnet.ControlNet",),
+    "unet_config": ("controlnet.model.unet.UNet",),
+    "control_stage_config": ("controlnet.model.controlnet.ControlNet",),
     "first_stage_config": ("controlnet.conditioning.AutoencoderKL", "controlnet.conditioning.SpaceToDepth"),
     "cond_stage_config": ("controlnet.conditioning.CLIPTextEncoder", "controlnet.conditioning.WordEmbedder"),
 }
 
 # Classes that take their arguments as the fields of another.
 PARAMETERS: dict[str, str] = {
-    "controlnet.unet.UNet": "controlnet.architecture.UNetArchitecture",
-    "controlnet.controlnet.ControlNet": "controlnet.architecture.ControlNetArchitecture",
+    "controlnet.model.unet.UNet": "controlnet.model.architecture.UNetArchitecture",
+    "controlnet.model.controlnet.ControlNet": "controlnet.model.architecture.ControlNetArchitecture",
 }
 
 _NEMO = "nemo.collections.multimodal.models."
 _NEMO_SD = "nemo.collections.multimodal.modules.stable_diffusion."
 TARGETS: dict[str, str] = {
-    "cldm.cldm.ControlLDM": "controlnet.diffusion.ControlledUNet",
-    "cldm.cldm.ControlledUnetModel": "controlnet.unet.UNet",
-    "cldm.cldm.ControlNet": "controlnet.controlnet.ControlNet",
-    "ldm.modules.diffusionmodules.openaimodel.UNetModel": "controlnet.unet.UNet",
+    "cldm.cldm.ControlLDM": "controlnet.model.controlled.ControlledUNet",
+    "cldm.cldm.ControlledUnetModel": "controlnet.model.unet.UNet",
+    "cldm.cldm.ControlNet": "controlnet.model.controlnet.ControlNet",
+    "ldm.modules.diffusionmodules.openaimodel.UNetModel": "controlnet.model.unet.UNet",
     "ldm.models.autoencoder.AutoencoderKL": "controlnet.conditioning.AutoencoderKL",
     "ldm.modules.encoders.modules.FrozenCLIPEmbedder": "controlnet.conditioning.CLIPTextEncoder",
     "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder": "controlnet.conditioning.CLIPTextEncoder",
-    _NEMO_SD + "diffusionmodules.openaimodel.UNetModel": "controlnet.unet.UNet",
+    _NEMO_SD + "diffusionmodules.openaimodel.UNetModel": "controlnet.model.unet.UNet",
     _NEMO_SD + "encoders.modules.FrozenCLIPEmbedder": "controlnet.conditioning.CLIPTextEncoder",
     _NEMO_SD + "encoders.modules.FrozenOpenCLIPEmbedder": "controlnet.conditioning.CLIPTextEncoder",
     "diffusers.AutoencoderKL": "controlnet.conditioning.AutoencoderKL",
     "transformers.CLIPTextModel": "controlnet.conditioning.CLIPTextEncoder",
+    # this package's own names before its modules moved into folders
+    "controlnet.unet.UNet": "controlnet.model.unet.UNet",
+    "controlnet.controlnet.ControlNet": "controlnet.model.controlnet.ControlNet",
+    "controlnet.diffusion.ControlledUNet": "controlnet.model.controlled.ControlledUNet",
 }
 for _package in (_NEMO, _NEMO + "text_to_image."):
-    TARGETS[_package + "controlnet.controlnet.ControlLDM"] = "controlnet.diffusion.ControlledUNet"
-    TARGETS[_package + "controlnet.controlnet.MegatronControlNet"] = "controlnet.diffusion.ControlledUNet"
-    TARGETS[_package + "controlnet.controlnet.ControlledUnetModel"] = "controlnet.unet.UNet"
-    TARGETS[_package + "controlnet.controlnet.ControlNet"] = "controlnet.controlnet.ControlNet"
+    TARGETS[_package + "controlnet.controlnet.ControlLDM"] = "controlnet.model.controlled.ControlledUNet"
+    TARGETS[_package + "controlnet.controlnet.MegatronControlNet"] = "controlnet.model.controlled.ControlledUNet"
+    TARGETS[_package + "controlnet.controlnet.ControlledUnetModel"] = "controlnet.model.unet.UNet"
+    TARGETS[_package + "controlnet.controlnet.ControlNet"] = "controlnet.model.controlnet.ControlNet"
     TARGETS[_package + "stable_diffusion.ldm.autoencoder.AutoencoderKL"] = "controlnet.conditioning.AutoencoderKL"
 
 # Arguments that a target's own defaults give a meaning that ours would not.

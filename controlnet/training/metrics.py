@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from controlnet.diffusion import ControlledUNet
-from controlnet.distributed import World
+from controlnet.model.controlled import ControlledUNet
+from controlnet.training.distributed import World
 
 logger = logging.getLogger(__name__)
 

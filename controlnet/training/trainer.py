@@ -18,14 +18,15 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from controlnet import training_state
 from controlnet.config import ConfigError
-from controlnet.diffusion import ControlledUNet, DiffusionLoss, NoiseSchedule
-from controlnet.distributed import Stopped, StopRequest, World
-from controlnet.metrics import Reporter, control_sensitivity
-from controlnet.optim import ExponentialAverage, LearningRate, build_optimizer
-from controlnet.randomness import RandomStreams
-from controlnet.validation import draw_grid
+from controlnet.model.controlled import ControlledUNet
+from controlnet.model.diffusion import DiffusionLoss, NoiseSchedule
+from controlnet.training import checkpoint
+from controlnet.training.distributed import Stopped, StopRequest, World
+from controlnet.training.metrics import Reporter, control_sensitivity
+from controlnet.training.optim import ExponentialAverage, LearningRate, build_optimizer
+from controlnet.training.randomness import RandomStreams
+from controlnet.training.validation import draw_grid
 
 logger = logging.getLogger(__name__)
 
@@ -326,17 +327,17 @@ class Trainer:
                 f"the weights are not finite at step {self.step}; no checkpoint is made of them. Lower optim.lr"
             )
         with self.reporter.pause():
-            ranks = self.world.gather(training_state.rank_state(self))
-            self.world.on_first(lambda: training_state.save(self, ranks))
+            ranks = self.world.gather(checkpoint.rank_state(self))
+            self.world.on_first(lambda: checkpoint.save(self, ranks))
         self.saved_step = self.step
 
     def resume(self) -> None:
         """Takes up the checkpoint that the configuration names, if any, and opens the data where it stood."""
-        folder = self.folder / training_state.CHECKPOINTS
-        path = self.world.on_first(lambda: training_state.choose(folder, self.cfg))
+        folder = self.folder / checkpoint.CHECKPOINTS
+        path = self.world.on_first(lambda: checkpoint.choose(folder, self.cfg))
         position = None
         if path is not None:
-            position = training_state.load(self, path)
+            position = checkpoint.load(self, path)
             self.saved_step = self.step
             if self.world.is_first:
                 logger.info("resumed from %s: step %d, %d images seen", path, self.step, self.images_seen)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from cnkernels import recompute
 from cnkernels.nn import GroupNormSiLU
 from cnkernels.recompute import Later
-from controlnet.architecture import GROUPS
+from controlnet.model.architecture import GROUPS
 
 Size = tuple[int, int]
 

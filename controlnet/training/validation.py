@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from controlnet.diffusion import ControlledUNet, NoiseSchedule
-from controlnet.distributed import Stopped, StopRequest, World
-from controlnet.images import fault, grid, to_uint8
-from controlnet.sampling import ddim
+from controlnet.inference.images import fault, grid, to_uint8
+from controlnet.inference.sampling import ddim
+from controlnet.model.controlled import ControlledUNet
+from controlnet.model.diffusion import NoiseSchedule
+from controlnet.training.distributed import Stopped, StopRequest, World
 
 
 def _until_stopped(order: Sequence[int], world: World, stop: StopRequest) -> Iterator[int]:

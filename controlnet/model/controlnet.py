@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from cnkernels import recompute
 from cnkernels.nn import ZeroConv2d
-from controlnet.architecture import ControlNetArchitecture
-from controlnet.layers import conv3x3, zeroed
-from controlnet.scales import Scale, check_scale, controlled
-from controlnet.unet import Context, Embedding, Trunk, check_shape
+from controlnet.model.architecture import ControlNetArchitecture
+from controlnet.model.layers import conv3x3, zeroed
+from controlnet.model.scales import Scale, check_scale, controlled
+from controlnet.model.unet import Context, Embedding, Trunk, check_shape
 
 
 class HintEncoder(nn.Sequential):

@@ -1,6 +1,6 @@
 """Reads a YAML configuration in NeMo's layout or the original repository's, checks it, and makes the objects it names.
 
-The keys themselves, with defaults and remarks, are data in `config_keys.py`.
+The keys themselves, with defaults and remarks, are data in `keys.py`.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from difflib import SequenceMatcher
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from controlnet.config_keys import (
+from controlnet.config.keys import (
     CHOICES,
     NO_EFFECT,
     ONLY,

@@ -14,8 +14,8 @@ import cnkernels
 from cnkernels import layout, recompute
 from cnkernels.nn import GroupNormSiLU
 from cnkernels.recompute import Later
-from controlnet.architecture import GROUPS
-from controlnet.layers import Prepared, checkpointed, zeroed
+from controlnet.model.architecture import GROUPS
+from controlnet.model.layers import Prepared, checkpointed, zeroed
 
 
 class Linear(nn.Linear):

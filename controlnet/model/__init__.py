@@ -1,0 +1,1 @@
+"""The network: U-Net, ControlNet, both together, the noise schedule and the loss."""

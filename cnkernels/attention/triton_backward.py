@@ -1,8 +1,10 @@
 """Flash attention in Triton, backward: the scores are computed again from q, k and the saved log-sum-exp.
 
+
 With P = exp(scale * q @ k^T - lse) and delta = rowsum(out * dout):
 
     dv = P^T @ dout,  dS = P * (dout @ v^T - delta),  dq = scale * dS @ k,  dk = scale * dS^T @ q
+
 
 One kernel owns a tile of queries and sums over keys (delta, dq), another owns a tile of keys and sums over queries
 (dk, dv): no two programs write the same element, so there are no atomics and every sum has one order.
@@ -10,24 +12,18 @@ One kernel owns a tile of queries and sums over keys (delta, dq), another owns a
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 
-from cnkernels.attention import reference
-from cnkernels.attention.triton_tiles import (
+from cnkernels.attention.triton_common import (
     Config,
     add_product,
-    alignment,
     column_blocks,
-    compute_capability,
     load_tiles,
-    on_device,
     product_nt,
     program,
     scale_tiles,
     store_tiles,
-    strides,
     widest_block,
     zero_tiles,
 )
@@ -287,7 +283,7 @@ def _attention_bwd_sum_kernel(parts_ptr, sum_ptr, size, parts, BLOCK: tl.constex
     tl.store(sum_ptr + index, total.to(sum_ptr.dtype.element_ty), mask=index < size)
 
 
-def _query_config(head_dim: int, itemsize: int, capability: int) -> Config:
+def query_config(head_dim: int, itemsize: int, capability: int) -> Config:
     if itemsize == 4:
         return Config(32, 16, 4, 1)
     if capability in (9, 10):
@@ -297,7 +293,7 @@ def _query_config(head_dim: int, itemsize: int, capability: int) -> Config:
     return Config(64, 64 if head_dim <= 64 else 32 if head_dim <= 96 else 16, 4, 2)
 
 
-def _key_config(head_dim: int, itemsize: int, capability: int) -> Config:
+def key_config(head_dim: int, itemsize: int, capability: int) -> Config:
     if itemsize == 4:
         return Config(32, 16, 4, 1)
     if capability in (9, 10):
@@ -305,14 +301,14 @@ def _key_config(head_dim: int, itemsize: int, capability: int) -> Config:
     return Config(32 if head_dim <= 96 else 16, 64, 4, 2)
 
 
-def _key_passes(head_dim: int, itemsize: int, capability: int, need_k: bool, need_v: bool) -> list[tuple[bool, bool]]:
+def key_passes(head_dim: int, itemsize: int, capability: int, need_k: bool, need_v: bool) -> list[tuple[bool, bool]]:
     """(need_k, need_v) of each launch: where matrix units read registers, those hold one wide gradient, not two."""
     if need_k and need_v and head_dim > 96 and itemsize < 4 and capability not in (9, 10):
         return [(True, False), (False, True)]
     return [(need_k, need_v)]
 
 
-def _constants(head_dim: int, itemsize: int, capability: int, unit: int, config: Config) -> dict:
+def constants_of(head_dim: int, itemsize: int, capability: int, unit: int, config: Config) -> dict:
     return {
         "HEAD_DIM": head_dim,
         "COLUMNS": column_blocks(head_dim, widest_block(itemsize, capability)),
@@ -324,107 +320,24 @@ def _constants(head_dim: int, itemsize: int, capability: int, unit: int, config:
     }
 
 
-def attention_bwd(dout, q, k, v, out, lse, scale, need):
-    """Gradients of triton_kernels.attention_fwd's out with respect to those of q, k and v that `need` asks for.
-
-    Args:
-        dout: [B, Sq, H, D], q's dtype, last dimension of stride 1.
-        q, k, v, scale: as given to attention_fwd; out, lse: what it returned.
-        need: three bools for (q, k, v).
-
-    Returns:
-        (dq, dk, dv), contiguous, in the shape and dtype of their tensor; None where `need` is False.
-
-    Notes:
-        Repeated runs are bitwise equal. With few keys (cross-attention) the queries are split over programs, whose
-        partial sums are kept in float32 and added in order.
-        Dao, "FlashAttention-2: Faster attention with better parallelism and work partitioning", 2023.
-    """
-    if k.shape[1] == 1:  # dS is exactly 0, as two sums of the same products in different orders are not
-        return reference.attention_bwd(dout, q, k, v, out, lse, scale, need)
-    need_q, need_k, need_v = need
-    delta = torch.empty_like(lse)
-    exact = q.dtype == torch.float32
-    norm = torch.empty_like(lse) if exact else delta
-    tensors = (dout, q, k, v, lse, delta, norm)
-    dq = dk = dv = None
-    with on_device(q):
-        if need_q or need_k or exact:
-            dq = _query_gradient(tensors, out, scale, need_q)
-        for pass_k, pass_v in _key_passes(q.shape[3], q.element_size(), compute_capability(q), need_k, need_v):
-            if pass_k or pass_v:
-                gradients = _key_gradients(tensors, scale, pass_k, pass_v)
-                dk, dv = gradients[0] if pass_k else dk, gradients[1] if pass_v else dv
-    return dq, dk, dv
-
-
-def _layout(tensors):
-    """The unit of the strides of dout, q, k, v, and those strides."""
-    unit = alignment(*tensors[:4])
-    return unit, [stride for tensor in tensors[:4] for stride in strides(tensor, unit)]
-
-
-def _query_gradient(tensors, out, scale, need_q):
-    """dq, or None; fills delta and norm."""
-    q, k = tensors[1:3]
-    batch, queries, heads, head_dim = q.shape
-    capability = compute_capability(q)
-    config = _query_config(head_dim, q.element_size(), capability)
-    unit, steps = _layout(tensors)
-    constants = _constants(head_dim, q.element_size(), capability, unit, config)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if need_q else None
-    _attention_bwd_query_kernel[(triton.cdiv(queries, config.block_m) * batch * heads,)](
-        *tensors, out, dq, scale, heads, queries, k.shape[1], *steps, **constants, NEED_Q=need_q, **config.options()
-    )
-    return dq
-
-
-def _key_gradients(tensors, scale, need_k, need_v):
-    q, k = tensors[1:3]
-    batch, keys, heads, head_dim = k.shape
-    capability = compute_capability(k)
-    config = _key_config(head_dim, k.element_size(), capability)
-    unit, steps = _layout(tensors)
-    constants = _constants(head_dim, k.element_size(), capability, unit, config)
-    programs = triton.cdiv(keys, config.block_n) * batch * heads
-    split, parts = _split_queries(q.shape[1], programs, config.block_m)
-    shape, dtype = (k.shape, k.dtype) if parts == 1 else ((parts, *k.shape), torch.float32)
-    dk = torch.empty(shape, dtype=dtype, device=k.device) if need_k else None
-    dv = torch.empty(shape, dtype=dtype, device=k.device) if need_v else None
-    _attention_bwd_key_kernel[(programs, parts)](
-        *tensors, dk, dv, scale, heads, q.shape[1], keys, split, *steps,
-        **constants, NEED_K=need_k, NEED_V=need_v, **config.options(),
-    )  # fmt: skip
-    if parts > 1:
-        dk, dv = (None if gradient is None else _sum_parts(gradient, k) for gradient in (dk, dv))
-    return dk, dv
-
-
-def _split_queries(queries: int, programs: int, block_m: int) -> tuple[int, int]:
+def split_queries(queries: int, programs: int, block_m: int) -> tuple[int, int]:
     """Queries of each part and the number of parts, so that few tiles of keys still fill a GPU."""
     wanted = triton.cdiv(_PROGRAMS, programs)
     split = max(triton.cdiv(triton.cdiv(queries, wanted), block_m), 4) * block_m
     return split, triton.cdiv(queries, split)
 
 
-def _sum_parts(parts, like):
-    total = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    grid = (triton.cdiv(total.numel(), 1024),)
-    _attention_bwd_sum_kernel[grid](parts, total, total.numel(), parts.shape[0], 1024, num_warps=4)
-    return total
-
-
 def backward_launches(shape: tuple[int, ...], keys: int, itemsize: int, capability: int, unit: int) -> list[tuple]:
     """(name, kernel, constants, Config, float32 partial sums) of each launch of a backward for all three gradients."""
     batch, queries, heads, head_dim = shape
-    config = _query_config(head_dim, itemsize, capability)
-    constants = _constants(head_dim, itemsize, capability, unit, config)
+    config = query_config(head_dim, itemsize, capability)
+    constants = constants_of(head_dim, itemsize, capability, unit, config)
     launches = [("bwd dq", _attention_bwd_query_kernel, constants | {"NEED_Q": True}, config, [])]
-    config = _key_config(head_dim, itemsize, capability)
-    constants = _constants(head_dim, itemsize, capability, unit, config)
-    _, parts = _split_queries(queries, triton.cdiv(keys, config.block_n) * batch * heads, config.block_m)
+    config = key_config(head_dim, itemsize, capability)
+    constants = constants_of(head_dim, itemsize, capability, unit, config)
+    _, parts = split_queries(queries, triton.cdiv(keys, config.block_n) * batch * heads, config.block_m)
     partial = ["dk_ptr", "dv_ptr"] if parts > 1 else []
-    for need_k, need_v in _key_passes(head_dim, itemsize, capability, True, True):
+    for need_k, need_v in key_passes(head_dim, itemsize, capability, True, True):
         name = "bwd " + " ".join(["dk"] * need_k + ["dv"] * need_v)
         launches.append(
             (name, _attention_bwd_key_kernel, constants | {"NEED_K": need_k, "NEED_V": need_v}, config, partial)

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from cnkernels import layout
 from cnkernels.aot_case import AotCase
-from cnkernels.zero_conv_add.triton_dweight import dweight_launch, sum_launch
-from cnkernels.zero_conv_add.triton_product import Scale, dscale_launch, pixel_strides, product_launch
+from cnkernels.zero_conv_add.triton_backward import dscale_launch, dweight_launch, sum_launch
+from cnkernels.zero_conv_add.triton_common import Scale, pixel_strides
+from cnkernels.zero_conv_add.triton_forward import product_launch
 
 
 def zero_conv_add_fwd(

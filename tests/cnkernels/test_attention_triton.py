@@ -18,7 +18,7 @@ REASON = dispatch.why_not("attention", "triton", DEVICE, torch.float32)
 if REASON is not None:
     pytest.skip(REASON, allow_module_level=True)
 
-from cnkernels.attention import triton_backward, triton_kernels, triton_tiles  # noqa: E402
+from cnkernels.attention import triton_backward, triton_common, triton_forward, triton_kernels  # noqa: E402
 
 CAPABILITIES = (8, 9, 10, 12)
 
@@ -32,19 +32,18 @@ def capability(request, monkeypatch):
     """Launches as on a GPU of this major compute capability; without a GPU alone, whose limits they respect."""
     if DEVICE.type == "cuda":
         pytest.skip("a GPU launches what its own capability says")
-    for module in (triton_kernels, triton_backward):
-        monkeypatch.setattr(module, "compute_capability", lambda tensor: request.param)
+    monkeypatch.setattr(triton_kernels, "compute_capability", lambda tensor: request.param)
     return request.param
 
 
 @pytest.mark.parametrize("widest", [16, 32, 256])
 def test_column_blocks_cover_with_less_than_double(widest):
     for size in range(1, 257):
-        blocks = triton_tiles.column_blocks(size, widest)
+        blocks = triton_common.column_blocks(size, widest)
         assert all(block in (16, 32, 64, 128, 256) and block <= widest for block in blocks)
         assert list(blocks) == sorted(blocks, reverse=True)
         assert sum(blocks[:-1]) < size <= sum(blocks)
-    assert [sum(triton_tiles.column_blocks(d, widest)) for d in (40, 80, 160)] == [48, 80, 160]
+    assert [sum(triton_common.column_blocks(d, widest)) for d in (40, 80, 160)] == [48, 80, 160]
 
 
 @pytest.mark.parametrize("dim", [8, 16, 24, 48, 56, 64, 72, 96, 104, 120, 128, 192, 256])
@@ -72,7 +71,7 @@ def test_tiles_of_each_gpu(dim, capability):
 @pytest.mark.parametrize("dim", [40, 72, 168])
 def test_long_tiles_once_there_are_many(dim):
     shape, keys = (16, 3, 8, dim), 270
-    assert triton_kernels._fwd_config(shape, keys, 2, 9).block_m == 128
+    assert triton_forward.forward_config(shape, keys, 2, 9).block_m == 128
     compare(inputs(16, 8, 3, keys, dim), backward=False)
 
 
@@ -112,8 +111,8 @@ def test_more_scores_than_scale_leaves():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_few_keys_share_out_the_queries(dtype):
-    block = triton_backward._key_config(16, dtype.itemsize, 9).block_m
-    assert triton_backward._split_queries(600, 1, block)[1] > 1
+    block = triton_backward.key_config(16, dtype.itemsize, 9).block_m
+    assert triton_backward.split_queries(600, 1, block)[1] > 1
     tensors = inputs(1, 1, 600, 7, 16)
     compare(tensors, dtype, reductions={1: 600, 2: 600})
     upstream = randn(1, 600, 1, 16).to(dtype)
@@ -124,7 +123,7 @@ def test_few_keys_share_out_the_queries(dtype):
 def test_split_covers_every_query():
     for queries in (1, 64, 255, 256, 4096, 4097):
         for programs in (1, 16, 127, 128, 5000):
-            split, parts = triton_backward._split_queries(queries, programs, 64)
+            split, parts = triton_backward.split_queries(queries, programs, 64)
             assert split % 64 == 0 and split * (parts - 1) < queries <= split * parts
             assert parts == 1 or (split >= 256 and programs < 128)
 
@@ -137,11 +136,11 @@ def test_strided_inputs_that_stream(arrange):
 def test_strides_count_16_bytes_where_they_can():
     """Without this, rows of 40 columns would be loaded two bytes at a time."""
     projection = torch.zeros(2, 5, 3, 8, 40, dtype=torch.float16)
-    assert triton_tiles.alignment(*projection.unbind(2)) == 8
-    assert triton_tiles.strides(projection[:, :, 0], 8) == (600, 120, 5)
-    assert triton_tiles.alignment(projection.float()[:, :, 0]) == 4
-    assert triton_tiles.alignment(torch.zeros(2, 5, 8, 20, dtype=torch.float16)) == 1
-    assert triton_tiles.strides(torch.zeros(1, 5, 1, 20)) == (0, 20, 0)
+    assert triton_common.alignment(*projection.unbind(2)) == 8
+    assert triton_common.strides(projection[:, :, 0], 8) == (600, 120, 5)
+    assert triton_common.alignment(projection.float()[:, :, 0]) == 4
+    assert triton_common.alignment(torch.zeros(2, 5, 8, 20, dtype=torch.float16)) == 1
+    assert triton_common.strides(torch.zeros(1, 5, 1, 20)) == (0, 20, 0)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 65, 77, 40), (1, 1, 33, 290, 40), (1, 1, 300, 9, 24)])

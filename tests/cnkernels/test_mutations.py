@@ -89,9 +89,11 @@ SPLIT_ATTENTION = Check(  # few keys: the queries are shared out
 )
 NORM, NORM_FORWARD = "group_norm_silu/triton_common", "group_norm_silu/triton_forward"
 NORM_BACKWARD = "group_norm_silu/triton_backward"
-ATTENTION, ATTENTION_TILES = "attention/triton_kernels", "attention/triton_tiles"
-ATTENTION_BACKWARD = "attention/triton_backward"
-PRODUCT, DWEIGHT, GEGLU = "zero_conv_add/triton_product", "zero_conv_add/triton_dweight", "geglu/triton_kernels"
+ATTENTION, ATTENTION_TILES = "attention/triton_forward", "attention/triton_common"
+ATTENTION_BACKWARD, ATTENTION_LAUNCH = "attention/triton_backward", "attention/triton_kernels"
+PRODUCT, PRODUCT_ADD = "zero_conv_add/triton_common", "zero_conv_add/triton_forward"
+DWEIGHT = "zero_conv_add/triton_backward"
+GEGLU_TILE, GEGLU, GEGLU_BACKWARD = "geglu/triton_common", "geglu/triton_forward", "geglu/triton_backward"
 
 MUTATIONS = {  # what is broken: file, its text, the text instead, the check that must fail
     "zero_conv_add: no mask over the depth": (
@@ -112,27 +114,27 @@ MUTATIONS = {  # what is broken: file, its text, the text instead, the check tha
         "k[:, None] * stride_wn + column.to(tl.int64)[None, :] * stride_wk",
         RAGGED_CONV,
     ),
-    "zero_conv_add: scale forgotten": (PRODUCT, "acc *= scale", "acc *= 1.0", RAGGED_CONV),
+    "zero_conv_add: scale forgotten": (PRODUCT_ADD, "acc *= scale", "acc *= 1.0", RAGGED_CONV),
     "zero_conv_add: bias forgotten": (
-        PRODUCT,
+        PRODUCT_ADD,
         "acc += tl.load(bias_ptr + column, mask=in_column, other=0.0).to(tl.float32)[None, :]",
         "acc += 0.0",
         RAGGED_CONV,
     ),
     "zero_conv_add: every sample scaled as the first": (
-        PRODUCT,
+        PRODUCT_ADD,
         "scale_ptr + sample * stride_scale",
         "scale_ptr + sample * 0",
         SCALED_CONV,
     ),
     "zero_conv_add: columns past the last one written": (
-        PRODUCT,
+        PRODUCT_ADD,
         "tl.store(out_ptr + offset, acc, mask=mask)",
         "tl.store(out_ptr + offset, acc, mask=in_row[:, None])",
         RAGGED_CONV,
     ),
     "zero_conv_add: tiles of channels share their part of the scale's gradient": (
-        PRODUCT,
+        DWEIGHT,
         "(pid % tiles).to(tl.int64) * rows + row",
         "row",
         SCALED_CONV,
@@ -167,14 +169,14 @@ MUTATIONS = {  # what is broken: file, its text, the text instead, the check tha
         "value * (gate * cdf), mask=row < rows)",
         RAGGED_GEGLU,
     ),
-    "geglu: last row skipped": (GEGLU, "(row < rows)[:, None]", "(row < rows - 1)[:, None]", RAGGED_GEGLU),
+    "geglu: last row skipped": (GEGLU_TILE, "(row < rows)[:, None]", "(row < rows - 1)[:, None]", RAGGED_GEGLU),
     "geglu: tanh approximation": (
         GEGLU,
-        "tl.erf(gate * _SQRT_HALF)",
+        "tl.erf(gate * SQRT_HALF)",
         "2.0 * tl.sigmoid(1.5957691216 * (gate + 0.044715 * gate * gate * gate)) - 1.0",
         RAGGED_GEGLU,
     ),
-    "geglu: derivative without the density": (GEGLU, "(cdf + gate * density)", "cdf", RAGGED_GEGLU),
+    "geglu: derivative without the density": (GEGLU_BACKWARD, "(cdf + gate * density)", "cdf", RAGGED_GEGLU),
     "geglu: value and gate exchanged": (
         GEGLU,
         "gate = tl.load(projected + columns, mask=mask, other=0.0).to(tl.float32)",
@@ -258,7 +260,7 @@ MUTATIONS = {  # what is broken: file, its text, the text instead, the check tha
         LONG_ATTENTION,
     ),
     "attention: exp of scores in units of log2": (
-        ATTENTION,
+        ATTENTION_LAUNCH,
         "scale * math.log2(math.e),",
         "scale,",
         SHORT_ATTENTION,

@@ -1,4 +1,4 @@
-"""The weight's and the bias's gradient of a 1x1 convolution in Triton: sums over pixels, split and added in order."""
+"""Gradients of a 1x1 convolution in Triton. Those of weight and bias are sums over pixels, split and added in order."""
 
 import torch
 import triton
@@ -6,10 +6,68 @@ import triton.language as tl
 from torch import Tensor
 
 from cnkernels.launch import Launch
-from cnkernels.zero_conv_add.triton_product import Scale, pixel_strides, scale_arguments, tile_config
+from cnkernels.zero_conv_add.triton_common import (
+    Scale,
+    index_type,
+    pixel_strides,
+    pixels,
+    product,
+    scale_arguments,
+    tile_config,
+)
 
 _MANY_PROGRAMS = 384  # a few for each multiprocessor
 _SUM = {"BLOCK_S": 8, "BLOCK": 256, "num_warps": 4, "num_stages": 1}
+
+
+@triton.jit
+def _zero_conv_add_dscale_kernel(
+    x_ptr,  # [N, K, hw]
+    weight_ptr,  # [Cout, K], contiguous
+    bias_ptr,  # [Cout] or None
+    dout_ptr,  # [N, Cout, hw]
+    dots_ptr,  # [tiles of Cout, N * hw], float32: each pixel's sum of dout * (conv + bias) over a tile's channels
+    rows,
+    hw,
+    channels,
+    depth,
+    stride_xn,
+    stride_xp,
+    stride_xk,
+    stride_dn,
+    stride_dp,
+    stride_dc,
+    INDEX: tl.constexpr,  # the integer type of a row's index
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tiles = tl.cdiv(channels, BLOCK_N)
+    pid = tl.program_id(0)
+    row, sample, pixel, in_row = pixels(pid // tiles, hw, rows, INDEX, BLOCK_M)
+    column = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_column = column < channels
+    acc = product(
+        x_ptr,
+        weight_ptr,
+        sample * stride_xn + pixel * stride_xp,
+        in_row,
+        column,
+        in_column,
+        depth,
+        stride_xk,
+        depth,
+        1,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + column, mask=in_column, other=0.0).to(tl.float32)[None, :]
+    offset = (sample * stride_dn + pixel * stride_dp)[:, None] + column.to(tl.int64)[None, :] * stride_dc
+    dout = tl.load(dout_ptr + offset, mask=in_row[:, None] & in_column[None, :], other=0.0).to(tl.float32)
+    dots = dots_ptr + (pid % tiles).to(tl.int64) * rows + row
+    tl.store(dots, tl.sum(acc * dout, axis=1), mask=in_row)
 
 
 @triton.jit
@@ -103,6 +161,19 @@ def _sum_splits_kernel(
         offsets = split.to(tl.int64)[:, None] * numel + index[None, :]
         acc += tl.load(partial_ptr + offsets, mask=(split < splits)[:, None] & mask[None, :], other=0.0)
     tl.store(out_ptr + index, tl.sum(acc, axis=0), mask=mask)
+
+
+def dscale_launch(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Launch, Tensor]:
+    """And what it fills: [tiles, N, hw] whose sum over tiles and pixels is the gradient of a sample's scale."""
+    samples, channels, height, width = dout.shape
+    rows, depth = samples * height * width, x.shape[1]
+    config = tile_config(rows, channels, x.dtype)
+    tiles = triton.cdiv(channels, config["BLOCK_N"])
+    dots = torch.empty((tiles, samples, height * width), dtype=torch.float32, device=x.device)
+    sizes, strides = (rows, height * width, channels, depth), (*pixel_strides(x), *pixel_strides(dout))
+    grid = (triton.cdiv(rows, config["BLOCK_M"]) * tiles,)
+    arguments = (x, weight, bias, dout, dots, *sizes, *strides)
+    return Launch(_zero_conv_add_dscale_kernel, grid, arguments, {"INDEX": index_type(rows), **config}), dots
 
 
 def dweight_launch(

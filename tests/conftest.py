@@ -9,7 +9,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which any test file may do
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=0, help="of the random numbers that every test starts from")
+
+
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def seed(request: pytest.FixtureRequest) -> None:
     """The same random numbers in whatever order, and on however many workers, the tests run."""
-    torch.manual_seed(0)
+    torch.manual_seed(request.config.getoption("--seed"))

@@ -42,20 +42,30 @@ def fused_multiply_add_in_the_interpreter():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def bfloat16_products_in_the_interpreter():
-    """Triton 3.7 interprets bfloat16 as its bits, and tl.dot multiplies those as integers: widen them first."""
+def bfloat16_in_the_interpreter():
+    """Triton 3.7 interprets bfloat16 as its bits: a conversion to it cuts them off, where a GPU rounds to the nearest,
+    and tl.dot multiplies them as integers.
+    """
     if "TRITON_INTERPRET" not in os.environ:
         yield
         return
     interpreter = pytest.importorskip("triton.runtime.interpreter")
-    multiply = interpreter.InterpreterBuilder.create_dot
+    multiply, convert, tl = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float, interpreter.tl
+
+    def converted(data, source, target, rounding_mode):
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.from_numpy(np.array(data, np.float32)).bfloat16().view(torch.uint16).numpy()
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return (data.astype(np.uint32) << 16).view(np.float32)
+        return convert(data, source, target, rounding_mode)
 
     def widened(handle):
         if handle.data.dtype != np.uint16:
             return handle
-        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32)
+        return interpreter.TensorHandle(converted(handle.data, tl.bfloat16, tl.float32, None), tl.float32)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", converted)
         patch.setattr(
             interpreter.InterpreterBuilder,
             "create_dot",

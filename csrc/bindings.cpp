@@ -150,9 +150,16 @@ void bind_attention(py::module_& module) {
 #ifdef CNK_HOST
 // The kernels of the next calls may touch these (address, bytes) and nothing else.
 void watch(const std::vector<std::pair<uintptr_t, size_t>>& tensors) {
-  host::extents().clear();
+  host::global_memory().clear();
   host::launches().clear();
-  for (const auto& [address, bytes] : tensors) host::extents().push_back({address, address + bytes});
+  for (const auto& [address, bytes] : tensors) host::global_memory().add(address, bytes);
+}
+
+// The next launches are held to the limits of this compute capability; multiprocessors 0: as many as its GPU has.
+void execute_as(int capability, int multiprocessors) {
+  host::Architecture architecture = host::architecture_of(capability);
+  if (multiprocessors > 0) architecture.multiprocessors = multiprocessors;
+  host::architecture() = architecture;
 }
 
 // (op, blocks, threads, dynamic shared memory, cluster) of every launch since watch().
@@ -172,11 +179,19 @@ PYBIND11_MODULE(CNK_MODULE, module) {
       .value("float16", Dtype::float16)
       .value("bfloat16", Dtype::bfloat16);
   bind_struct<Place>(module, "Place").def_readwrite("device", &Place::device).def_readwrite("stream", &Place::stream);
+  bind_struct<Limits>(module, "Limits")
+      .def_readonly("capability", &Limits::capability)
+      .def_readonly("multiprocessors", &Limits::multiprocessors)
+      .def_readonly("shared_per_block", &Limits::shared_per_block)
+      .def_readonly("max_cluster", &Limits::max_cluster);
+  module.def("limits_of", &limits_of);
+  module.def("why_unusable", &why_unusable);
   bind_group_norm_silu(module);
   bind_zero_conv_add(module);
   bind_attention(module);
 #ifdef CNK_HOST
   module.def("watch", &watch);
+  module.def("execute_as", &execute_as, py::arg("capability"), py::arg("multiprocessors") = 0);
   module.def("launches", &launches);
 #else
   module.attr("architectures") = CNK_ARCHITECTURES;

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace cnk {
@@ -14,6 +15,18 @@ struct Place {
   int device = 0;
   uintptr_t stream = 0;
 };
+
+// What a GPU allows, as its driver says.
+struct Limits {
+  int capability = 0;  // 10 * major + minor
+  int multiprocessors = 1;
+  size_t shared_per_block = 0;  // bytes of shared memory that one block may ask for
+  int max_cluster = 1;          // blocks per cluster that can always be scheduled; 1: it has no clusters
+};
+
+Limits limits_of(const Place& place);
+// Why no kernel of this build can run there, such as that it has no code for that GPU; empty if they can.
+std::string why_unusable(const Place& place);
 
 // A tensor of one value per channel, in the dtype of x or in float32.
 struct ChannelTensor {

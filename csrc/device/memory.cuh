@@ -16,14 +16,14 @@ struct Global {
 
   __device__ __forceinline__ T load(int64_t i) const {
 #ifdef CNK_HOST
-    host::team().check_global(pointer + i, sizeof(T), sizeof(T), "a read");
+    host::team().check_global(pointer + i, sizeof(T), sizeof(T), false, "a read");
 #endif
     return pointer[i];
   }
 
   __device__ __forceinline__ void store(int64_t i, T value) const {
 #ifdef CNK_HOST
-    host::team().check_global(pointer + i, sizeof(T), sizeof(T), "a write");
+    host::team().check_global(pointer + i, sizeof(T), sizeof(T), true, "a write");
 #endif
     pointer[i] = value;
   }
@@ -88,7 +88,7 @@ template <int N>
 __device__ __forceinline__ auto Global<T>::load_vec(int64_t i) const {
   using V = Vec<typename Mutable<T>::type, N>;
 #ifdef CNK_HOST
-  host::team().check_global(pointer + i, sizeof(V), sizeof(V), "a vector read");
+  host::team().check_global(pointer + i, sizeof(V), sizeof(V), false, "a vector read");
 #endif
   return bit_cast<V>(read_word<typename Word<sizeof(V)>::type>(pointer + i));
 }
@@ -98,7 +98,7 @@ template <int N, class V>
 __device__ __forceinline__ void Global<T>::store_vec(int64_t i, const V& value) const {
   static_assert(sizeof(V) == sizeof(T) * N, "the vector holds N elements of the view");
 #ifdef CNK_HOST
-  host::team().check_global(pointer + i, sizeof(V), sizeof(V), "a vector write");
+  host::team().check_global(pointer + i, sizeof(V), sizeof(V), true, "a vector write");
 #endif
   using W = typename Word<sizeof(V)>::type;
   *reinterpret_cast<W*>(pointer + i) = bit_cast<W>(value);
@@ -120,7 +120,7 @@ struct Shared {
 
   template <int N>
   Vec<T, N> load_vec(int i) const {
-    host::team().check_index(name, i, N, size, sizeof(T));
+    host::team().check_index(name, i, N, size, offset + i * sizeof(T), N * sizeof(T));
     Vec<T, N> value;
     std::memcpy(&value, host::team().read_shared(block, offset + i * sizeof(T), sizeof(value), name, i), sizeof(value));
     return value;
@@ -128,13 +128,13 @@ struct Shared {
 
   template <int N>
   void store_vec(int i, const Vec<T, N>& value) const {
-    host::team().check_index(name, i, N, size, sizeof(T));
+    host::team().check_index(name, i, N, size, offset + i * sizeof(T), N * sizeof(T));
     std::memcpy(host::team().write_shared(block, offset + i * sizeof(T), sizeof(value), name, i), &value,
                 sizeof(value));
   }
 
   Shared slice(int first, int count) const {
-    host::team().check_index(name, first, count, size, 0);
+    host::team().check_index(name, first, count, size, 0, 0);
     return {offset + first * sizeof(T), static_cast<size_t>(count), block, name};
   }
 
@@ -225,12 +225,22 @@ class Arena {
 template <class T>
 __device__ __forceinline__ void copy_async(Shared<T> to, int i, Global<const T> from, int64_t j, int valid) {
 #ifdef CNK_HOST
-  host::team().check_index(to.name, i, 16 / sizeof(T), to.size, sizeof(T));
+  host::team().check_index(to.name, i, 16 / sizeof(T), to.size, to.offset + i * sizeof(T), 16);
   host::team().copy_async(to.offset + i * sizeof(T), 16, from.pointer + j, valid * sizeof(T), to.name, i);
 #else
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address(i)), "l"(from.pointer + j),
                "r"(valid * static_cast<int>(sizeof(T)))
                : "memory");
+#endif
+}
+
+// The same of all 16 bytes at from[0]: without the count of valid bytes, the copy is one instruction.
+template <class T>
+__device__ __forceinline__ void copy_async_piece(Shared<T> to, int i, Global<const T> from) {
+#ifdef CNK_HOST
+  copy_async(to, i, from, 0, static_cast<int>(16 / sizeof(T)));
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to.address(i)), "l"(from.pointer) : "memory");
 #endif
 }
 

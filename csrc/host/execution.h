@@ -6,8 +6,11 @@
 #include <cmath>
 #include <cstring>
 #include <map>
+#include <numeric>
 
+#include "architecture.h"
 #include "fiber.h"
+#include "global_memory.h"
 #include "shared_memory.h"
 
 #define __global__
@@ -22,17 +25,6 @@ struct dim3 {
 };
 
 namespace cnk::host {
-
-// The extent of every tensor of the call: a kernel may touch these bytes of global memory and no others.
-struct Extent {
-  uintptr_t begin, end;
-  bool contains(uintptr_t address, size_t bytes) const { return begin <= address && address + bytes <= end; }
-};
-
-inline std::vector<Extent>& extents() {
-  static std::vector<Extent> list;
-  return list;
-}
 
 struct Launch {
   const char* name;
@@ -54,7 +46,7 @@ class Team {
         last_remote_use_(launch.cluster, std::vector<uint32_t>(waiting_.size(), 0)),
         warps_((waiting_.size() + 31) / 32),
         barriers_(launch.cluster * kBarriers) {
-    for (int i = 0; i < launch.cluster; ++i) shared_.emplace_back(launch.shared_bytes + kStaticBytes);
+    for (int i = 0; i < launch.cluster; ++i) shared_.emplace_back(static_base() + kStaticBytes);
   }
 
   int size() const { return static_cast<int>(waiting_.size()); }
@@ -116,7 +108,9 @@ class Team {
     auto [entry, is_new] = statics_.try_emplace(name, static_top_);
     if (is_new) static_top_ += (bytes + 15) / 16 * 16;
     if (static_top_ > kStaticBytes) fail(std::string("static shared memory is over 48 KiB at ") + name);
-    return launch_.shared_bytes + entry->second;
+    if (launch_.shared_bytes + static_top_ > architecture().shared_per_block)
+      fail("static and dynamic shared memory together are over the limit at " + std::string(name));
+    return static_base() + entry->second;
   }
 
   std::byte* read_shared(int block, size_t offset, size_t bytes, const char* name, long long index) {
@@ -131,25 +125,33 @@ class Team {
     return shared_[block].data(offset);
   }
 
-  void check_index(const char* name, long long index, int count, size_t size, size_t element) {
+  // `offset`: of the access in the block's shared memory, which begins at a multiple of 16 bytes.
+  void check_index(const char* name, long long index, int count, size_t size, size_t offset, size_t bytes) {
     if (index < 0 || index + count > static_cast<long long>(size))
       fail("shared index out of bounds: " + place(name, index) + " of " + std::to_string(size));
-    if (element && index % count) fail("misaligned vector access: shared " + place(name, index));
+    if (bytes && offset % bytes) fail("misaligned vector access: shared " + place(name, index));
   }
 
-  void check_global(const void* pointer, size_t bytes, size_t alignment, const char* verb) {
+  void check_global(const void* pointer, size_t bytes, size_t alignment, bool is_write, const char* what) {
     const auto address = reinterpret_cast<uintptr_t>(pointer);
     if (address % alignment) fail("misaligned vector access: " + std::to_string(alignment) + " bytes of global memory");
-    for (const Extent& extent : extents())
-      if (extent.contains(address, bytes)) return;
-    fail(std::string("global access out of bounds: ") + verb + " of " + std::to_string(bytes) +
-         " bytes outside every tensor of the call");
+    using V = GlobalMemory::Verdict;
+    const GlobalMemory::Finding found =
+        global_memory().access(address, bytes, static_cast<int32_t>(first_block_) + rank(), is_write);
+    if (found.verdict == V::fine) return;
+    if (found.verdict == V::outside)
+      fail(std::string("global access out of bounds: ") + what + " of " + std::to_string(bytes) +
+           " bytes outside every tensor of the call");
+    const std::string other =
+        found.other == GlobalMemory::kSeveral ? "several other blocks" : "block " + std::to_string(found.other);
+    fail(std::string("global memory race: ") + what + " of what " + other +
+         (found.verdict == V::write_of_read ? " read" : " wrote") + " in the same launch");
   }
 
   // ---- asynchronous copies: the bytes arrive when the thread that asked for them waits, and not before
 
   void copy_async(size_t offset, size_t bytes, const void* source, size_t valid, const char* name, long long index) {
-    if (valid) check_global(source, valid, bytes, "an asynchronous read");
+    if (valid) check_global(source, valid, bytes, false, "an asynchronous read");
     judge(shared_[rank()].write(offset, bytes, thread(), clocks_, true), "copies into", name, index);
     copies_[thread()].open.push_back({offset, bytes, source, valid});
   }
@@ -200,6 +202,8 @@ class Team {
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> groups;
   };
+
+  size_t static_base() const { return (launch_.shared_bytes + 15) / 16 * 16; }
 
   static std::string place(const char* name, long long index) {
     return std::string(name) + "[" + std::to_string(index) + "]";
@@ -271,15 +275,44 @@ inline std::vector<Launch>& launches() {
   return list;
 }
 
-// Blocks run one cluster after another, in order.
+// What the architecture would refuse.
+inline void expect_launchable(const Launch& launch) {
+  const auto refuse = [&](const std::string& what) { throw Fault(std::string(launch.name) + ": " + what); };
+  const Architecture& gpu = architecture();
+  const std::string here = " on compute capability " + std::to_string(gpu.capability);
+  if (launch.threads % 32) refuse("a block that is not whole warps");
+  if (launch.threads < 32 || launch.threads > Architecture::kThreadsPerBlock)
+    refuse(std::to_string(launch.threads) + " threads, a block has 32 to 1024");
+  if (launch.shared_bytes > gpu.shared_per_block)
+    refuse(std::to_string(launch.shared_bytes) + " bytes of shared memory, the limit is " +
+           std::to_string(gpu.shared_per_block) + here);
+  if (launch.cluster < 1 || launch.cluster > gpu.max_cluster)
+    refuse("a cluster of " + std::to_string(launch.cluster) + ", the limit is " + std::to_string(gpu.max_cluster) +
+           here);
+  if (launch.blocks % launch.cluster) refuse("a grid that is not whole clusters");
+}
+
+// The order in which a launch's clusters run: any is right, and every launch takes another.
+inline std::vector<unsigned> execution_order(unsigned clusters) {
+  static unsigned launch = 0;
+  std::vector<unsigned> order(clusters);
+  std::iota(order.begin(), order.end(), 0u);
+  uint32_t state = 2654435761u * ++launch;
+  for (unsigned i = clusters; i > 1; --i) {
+    state = state * 1664525u + 1013904223u;
+    std::swap(order[i - 1], order[static_cast<uint64_t>(state) * i >> 32]);
+  }
+  return order;
+}
+
+// Blocks run one cluster after another.
 inline void run_grid(const Launch& launch, const std::function<void()>& kernel) {
   static Fibers fibers;
+  expect_launchable(launch);
   launches().push_back(launch);
-  const std::string prefix = std::string(launch.name) + ": ";
-  if (launch.threads % 32) throw Fault(prefix + "a block that is not whole warps");
-  if (launch.blocks % launch.cluster) throw Fault(prefix + "a grid that is not whole clusters");
-  for (unsigned first = 0; first < launch.blocks; first += launch.cluster) {
-    Team cluster(fibers, launch, first);
+  global_memory().begin_launch();
+  for (const unsigned index : execution_order(launch.blocks / launch.cluster)) {
+    Team cluster(fibers, launch, index * launch.cluster);
     current_team() = &cluster;
     const auto body = [&](int) {
       kernel();
@@ -288,7 +321,7 @@ inline void run_grid(const Launch& launch, const std::function<void()>& kernel) 
     try {
       fibers.run(cluster.size(), body, [&](int thread) { return cluster.describe_wait(thread); });
     } catch (const Fault& fault) {
-      throw Fault(prefix + fault.what());
+      throw Fault(std::string(launch.name) + ": " + fault.what());
     }
   }
 }

@@ -147,10 +147,10 @@ const std::map<std::string, std::pair<Kernel, Shape>> kKernels = {
 using Floats = py::array_t<float, py::array::c_style>;
 
 void watch(const Floats& a, const Floats& b) {
-  host::extents().clear();
+  host::global_memory().clear();
   for (const Floats* array : {&a, &b}) {
     const auto begin = reinterpret_cast<uintptr_t>(array->data());
-    host::extents().push_back({begin, begin + array->nbytes()});
+    host::global_memory().add(begin, array->nbytes());
   }
 }
 
@@ -182,7 +182,7 @@ __global__ void mma_kernel(Global<const float> a, Global<const float> b, Global<
 void run_mma(const Floats& a, const Floats& b, Floats c, bool is_bf16, bool b_is_rows) {
   watch(a, b);
   const auto begin = reinterpret_cast<uintptr_t>(c.data());
-  host::extents().push_back({begin, begin + c.nbytes()});
+  host::global_memory().add(begin, c.nbytes());
   const auto kernel = is_bf16 ? (b_is_rows ? mma_kernel<bf16, true> : mma_kernel<bf16, false>)
                               : (b_is_rows ? mma_kernel<f16, true> : mma_kernel<f16, false>);
   launch("mma", kernel, Place{}, {1, 32}, Global<const float>{a.data()}, Global<const float>{b.data()},

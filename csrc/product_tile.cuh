@@ -8,6 +8,7 @@
 #include "device/fragments.cuh"
 #include "device/launch.cuh"
 #include "device/math.cuh"
+#include "device/tiles.cuh"
 
 namespace cnk::product {
 

@@ -46,27 +46,4 @@ __device__ __forceinline__ void load_right(uint32_t (&out)[2], Shared<T> tile, i
     load_matrices<2, true>(out, tile, (k + lane % 16) * line + i);
 }
 
-// Copies a tile of ROWS lines of WIDTH elements into shared memory, zeros where the source ends: asynchronously in
-// 16-byte pieces if `vectors`, else element by element. All THREADS threads of the block take part.
-template <int ROWS, int WIDTH, int THREADS, class T>
-__device__ __forceinline__ void load_tile(Shared<T> tile, int line, Global<const T> from, int64_t from_line,
-                                          int64_t valid_rows, int64_t valid_width, bool vectors) {
-  constexpr int kPiece = 16 / sizeof(T), kPieces = WIDTH / kPiece;
-  static_assert(WIDTH % kPiece == 0, "a tile's line is whole 16-byte pieces");
-#pragma unroll
-  for (int p = threadIdx.x; p < ROWS * kPieces; p += THREADS) {
-    const int row = p / kPieces, column = p % kPieces * kPiece;
-    const int64_t left = row < valid_rows ? valid_width - column : 0;
-    const int valid = left < 0 ? 0 : left < kPiece ? static_cast<int>(left) : kPiece;
-    const int64_t at = valid ? row * from_line + column : 0;
-    if (vectors) {
-      copy_async(tile, row * line + column, from, at, valid);
-    } else {
-      Vec<T, kPiece> piece = {};
-      for (int i = 0; i < valid; ++i) piece[i] = from.load(at + i);
-      tile.template store_vec<kPiece>(row * line + column, piece);
-    }
-  }
-}
-
 }  // namespace cnk

@@ -1,12 +1,14 @@
 """The CUDA attention, which serves two dtypes and five head dimensions: what the shared tests check, within those."""
 
+import math
+
 import pytest
 import torch
 
 import cnkernels
 from cnkernels import extension
 from cnkernels.attention import cuda_kernels
-from tests.cnkernels import harness
+from tests.cnkernels import harness, host_build
 from tests.cnkernels.harness import DEVICE
 from tests.cnkernels.test_attention import LAYOUTS, eager, fused, inputs
 
@@ -29,6 +31,29 @@ LENGTHS = [  # Sq, Sk
 @pytest.mark.parametrize("dim", cuda_kernels.HEAD_DIMS)
 def test_equals_pytorch(dim, queries, keys, dtype):
     harness.compare(fused(), eager(), inputs(1, 2, queries, keys, dim), dtype, "cuda")
+
+
+@pytest.fixture(params=[1, 1000], ids=["128-rows", "64-rows"])
+def form(request):
+    """Either size of the forward's blocks, whatever the number of multiprocessors would have chosen."""
+    if DEVICE.type != "cpu":
+        pytest.skip("a GPU has as many multiprocessors as it has")
+    with host_build.execute_as(90, multiprocessors=request.param):
+        yield 128 if request.param == 1 else 64
+
+
+@pytest.mark.parametrize("queries, keys", [(200, 320), (257, 77)])
+@pytest.mark.parametrize("dim", cuda_kernels.HEAD_DIMS)
+def test_both_sizes_of_blocks(form, dim, queries, keys):
+    """Keys that take the inner loop several times, and keys that end within a tile."""
+    harness.compare(fused(), eager(), inputs(1, 2, queries, keys, dim), torch.float16, "cuda", backward=False)
+    (launched,) = extension.module_for(DEVICE).launches()
+    assert launched[1] == 2 * math.ceil(queries / form)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, -1e-20, 1e-38])
+def test_scale_of_either_sign_in_both_sizes(form, scale):
+    harness.compare(fused(scale), eager(scale), inputs(1, 2, 150, 300, 40), torch.float16, "cuda", backward=False)
 
 
 @pytest.mark.parametrize("arrange", LAYOUTS)

@@ -1,0 +1,1 @@
+"""Faults made on purpose: each module has a subject and `campaign(rounds, seed)`, and pytest tests with fixed seeds."""

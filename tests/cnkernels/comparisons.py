@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cnkernels import harness
+from cnkernels.check import rule
 
 _CLOSE = 0.5  # of what is allowed
 
@@ -24,11 +24,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def written_down(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     lines = []
 
-    def write(comparison: harness.Comparison) -> None:
+    def write(comparison: rule.Comparison) -> None:
         lines.append(json.dumps({"test": request.node.nodeid, **comparison._asdict()}) + "\n")
 
-    monkeypatch.setattr(harness, "enough", _CLOSE)
-    monkeypatch.setattr(harness, "observers", [write])
+    monkeypatch.setattr(rule, "enough", _CLOSE)
+    monkeypatch.setattr(rule, "observers", [write])
     yield
     with request.config.getoption("--comparisons").open("a") as file:
         file.writelines(lines)

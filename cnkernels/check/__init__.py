@@ -1,0 +1,1 @@
+"""Whether the kernels are right on this machine: `python -m cnkernels.check`."""

@@ -37,18 +37,20 @@ _POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 def case_of(name, kernel, arguments, *, num_warps, num_stages=3, uses_matrix_units=False, maxnreg=None) -> AotCase:
     """The case of a launch with these `arguments`: a torch.dtype stands for a tensor, None and numbers for themselves.
 
-    Numbers are typed as a launch types them: 1 is a constant, a multiple of 16 is marked.
+    Numbers are typed as a launch types them: unless the kernel does not specialise them, 1 is a constant and a multiple
+    of 16 is marked.
     """
     signature, constants = {}, {}
     for parameter in kernel.params:
         value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        specialised = type(value) is int and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and value == 1):
             constants[parameter.name] = value
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         elif isinstance(value, int):
             width = "i32" if value < 2**31 else "i64"
-            signature[parameter.name] = width + (":16" if value % 16 == 0 else "")
+            signature[parameter.name] = width + (":16" if specialised and value % 16 == 0 else "")
         else:
             signature[parameter.name] = _POINTERS[str(value).removeprefix("torch.")]
     return AotCase(name, kernel, signature, constants, num_warps, num_stages, uses_matrix_units, maxnreg)

@@ -1,6 +1,10 @@
-"""A Triton kernel with its arguments: made by a launcher to be run, or to be compiled ahead of time."""
+"""A Triton kernel with everything but its tensors, made by a rule: to be launched at little cost, or compiled ahead."""
 
-from typing import NamedTuple
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -8,20 +12,80 @@ from torch import Tensor
 from cnkernels.aot_case import AotCase, case_of
 
 
-class Launch(NamedTuple):
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with its grid, its sizes and constants; its operands come with each call.
+
+    The operands are the kernel's first parameters, those that `sizes` leaves out: tensors, None and floats.
+    """
+
     kernel: object
     grid: tuple[int, ...]
-    arguments: tuple  # in the kernel's order, without those in `config`; the first is a tensor
-    config: dict  # the kernel's constants, num_warps and num_stages
+    sizes: Mapping[str, object]  # the kernel's other parameters, by name
+    num_warps: int
+    num_stages: int = 3
+    maxnreg: int | None = None  # registers a thread may have
 
-    def __call__(self) -> None:
-        with torch.cuda.device_of(self.arguments[0]):  # Triton launches on the current device, whatever the tensors'
-            self.kernel[self.grid](*self.arguments, **self.config)
+    @cached_property
+    def operands(self) -> list[str]:
+        """Names of the parameters that a call gives."""
+        names = [name for name in self.kernel.arg_names if name not in self.sizes]
+        if names != self.kernel.arg_names[: len(names)]:
+            raise TypeError(f"{self.kernel.__name__}: its operands, {names}, must be its first parameters")
+        return names
 
-    def case(self, name: str, uses_matrix_units: bool = False) -> AotCase:
-        """This launch for `cnkernels.aot`; tensors may be on the meta device."""
-        values = [a.dtype if isinstance(a, Tensor) else a for a in self.arguments]
-        arguments = dict(zip(self.kernel.arg_names, values, strict=False))
-        constants = dict(self.config)
-        options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
-        return case_of(name, self.kernel, arguments | constants, **options, uses_matrix_units=uses_matrix_units)
+    def __call__(self, *operands: Tensor | float | None) -> object:
+        """Launches on the current device, and returns what Triton compiled: None in its interpreter."""
+        arguments = dict(zip(self.operands, operands, strict=True)) | self.sizes
+        cap = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return self.kernel[self.grid](**arguments, num_warps=self.num_warps, num_stages=self.num_stages, **cap)
+
+    def bind(self, device: torch.device, names: Sequence[str]) -> "BoundLaunch":
+        """Called with a tuple of the operands by these names, of which it takes its own."""
+        return BoundLaunch(self, device, names)
+
+    def case(self, name: str, operands: Mapping[str, object], uses_matrix_units: bool = False) -> AotCase:
+        """This launch for `cnkernels.aot`. A tensor, or its torch.dtype, stands for a tensor."""
+        given = {key: operands[key] for key in self.operands}
+        types = {key: value.dtype if isinstance(value, Tensor) else value for key, value in given.items()}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
+        return case_of(name, self.kernel, types | self.sizes, **options, uses_matrix_units=uses_matrix_units)
+
+
+class BoundLaunch:
+    """A launch whose kernel is compiled at the first call and looked up at none of the others.
+
+    Triton binds arguments anew at every call: of each it finds out whether it is aligned, one, or absent, which costs
+    more than the launch. Here the caller promises that all this is the same at every call (`cnkernels.plans`).
+    """
+
+    __slots__ = ("_device", "_launch", "_pick", "_rest", "_run")
+
+    def __init__(self, launch: Launch, device: torch.device, names: Sequence[str]):
+        self._launch, self._run = launch, None
+        self._device = device.index if device.type == "cuda" else None
+        self._pick = itemgetter(*(names.index(name) for name in launch.operands))  # each kernel has several
+        self._rest = tuple(launch.sizes[name] for name in launch.kernel.arg_names[len(launch.operands) :])
+
+    def __call__(self, operands: tuple[Tensor | float | None, ...]) -> None:
+        device = self._device
+        if device is None or device == torch.cuda.current_device():
+            self._on_current_device(operands)
+        else:  # Triton launches on the current device, whatever the tensors'
+            with torch.cuda.device(device):
+                self._on_current_device(operands)
+
+    def _on_current_device(self, operands: tuple) -> None:
+        if self._run is None:
+            self._run = _launcher_of(self._launch(*self._pick(operands)), self._launch.grid)
+        else:
+            self._run(*self._pick(operands), *self._rest)
+
+
+def _launcher_of(compiled: object, grid: tuple[int, ...]):
+    """What launches a compiled kernel given all its arguments, constants too; None where Triton has no such thing."""
+    if not hasattr(type(compiled), "__getitem__"):  # None in the interpreter
+        return None
+    launcher = compiled[(*grid, 1, 1)[:3]]
+    takes_any = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(launcher).parameters.values())
+    return launcher if takes_any else None

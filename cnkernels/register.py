@@ -1,11 +1,9 @@
-"""What the ops' registrations share: defining a torch.library op, checking tensors, packing the gradients asked for."""
+"""The contract that the ops share: how one is registered, how it refuses an argument, how its gradients are packed."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-
-from cnkernels.errors import expect
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -38,6 +36,12 @@ def _no_derivative(name: str) -> Callable:
         raise RuntimeError(f"{name}: has no derivative (a backward pass of cnkernels cannot itself be differentiated)")
 
     return refuse
+
+
+def expect(condition: bool, op: str, argument: str, expected: str, got: object) -> None:
+    """Raises ValueError "op: `argument` must be <expected>, got <got>" unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{op}: `{argument}` must be {expected}, got {got}")
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -76,8 +80,18 @@ def spread(gradients: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor | N
     return [next(remaining) if wanted else None for wanted in need]
 
 
+def eager_function(
+    name: str, forward: Callable, setup_context: Callable, autograd: Callable
+) -> type[torch.autograd.Function]:
+    """The autograd of an op without torch.library, which costs several times as much: of the very same functions."""
+    functions = {"forward": forward, "setup_context": setup_context, "backward": autograd}
+    return type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in functions.items()})
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in autocast's dtype where autocast is on for their device, as for a matrix product."""
+    if not torch._C._is_any_autocast_enabled():  # one question instead of one for a device by its name
+        return tensors
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(device):
         return tensors

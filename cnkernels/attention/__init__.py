@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from cnkernels import register
-from cnkernels.attention import registration  # noqa: F401  (registers torch.ops.cnkernels.attention)
+from cnkernels import plans, register
+from cnkernels.attention import registration
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -32,4 +32,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022.
     """
     q, k, v = register.autocast(q, k, v)
-    return torch.ops.cnkernels.attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)[0]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if type(scale) is not float or not plans.straight(q, k, v):
+        return torch.ops.cnkernels.attention(q, k, v, scale)[0]
+    if plans.recorded(q, k, v):
+        return registration.Eager.apply(q, k, v, scale)[0]
+    return registration.forward(q, k, v, scale)[0]

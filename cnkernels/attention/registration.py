@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from cnkernels import dispatch, layout, register
-from cnkernels.errors import expect
+from cnkernels import dispatch, layout, plans, register
+from cnkernels.register import expect
 
 _NAME = "attention"
+_FORWARD, _BACKWARD = plans.Plans(), plans.Plans()
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -26,12 +27,24 @@ def _validate(q: Tensor, k: Tensor, v: Tensor) -> None:
     expect(v.shape[1] == k.shape[1], _NAME, "v", f"of k's length {k.shape[1]}", v.shape[1])
 
 
-def _forward(q, k, v, scale):
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    key = (plans.of(q), plans.of(k), plans.of(v), scale < 0, dispatch.current())
+    plan = _FORWARD.get(key) or _FORWARD.add(key, _plan_forward(q, k, v, scale))
+    return plan(q, k, v, scale)
+
+
+def _plan_forward(q, k, v, scale):
     _validate(q, k, v)
-    if q.numel() == 0:
-        return _fake_forward(q, k, v, scale)
-    q, k, v = map(layout.adjacent, (q, k, v))  # kernels take any other stride
-    return dispatch.implementation(_NAME, q, head_dim=q.shape[3]).attention_fwd(q, k, v, scale)
+    if q.numel() == 0 or q.is_meta:
+        return _fake_forward
+    if not _all_adjacent(q, k, v):  # kernels take any other stride
+        return lambda q, k, v, scale: forward(*map(layout.adjacent, (q, k, v)), scale)
+    kernels = dispatch.implementation(_NAME, q, head_dim=q.shape[3])
+    return plans.of_backend(kernels, "attention_fwd", q, k, v, scale)
+
+
+def _all_adjacent(*tensors: Tensor) -> bool:
+    return all(layout.adjacent(t) is t for t in tensors)
 
 
 def _fake_forward(q, k, v, scale):
@@ -40,16 +53,43 @@ def _fake_forward(q, k, v, scale):
     return q.new_empty(q.shape), q.new_empty((batch, heads, length), dtype=register.wide_dtype(q.dtype))
 
 
-def _backward(dout, q, k, v, out, lse, scale, need):
-    if q.numel() == 0:
-        return [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in register.needed((q, k, v), need)]
-    dout, q, k, v = map(layout.adjacent, (dout, q, k, v))
+def backward(dout, q, k, v, out, lse, scale: float, need: tuple[bool, bool, bool]):
+    """(dq, dk, dv), None where not needed."""
+    tensors = (dout, q, k, v, out, lse)
+    key = (*map(plans.of, tensors), scale < 0, need, dispatch.current())
+    plan = _BACKWARD.get(key) or _BACKWARD.add(key, _plan_backward(*tensors, scale, need))
+    return plan(*tensors, scale, need)
+
+
+def _plan_backward(dout, q, k, v, out, lse, scale, need):
+    if q.numel() == 0 or q.is_meta:
+        return _zeros
+    if not _all_adjacent(dout, q, k, v):
+        return lambda dout, q, k, v, *rest: backward(*map(layout.adjacent, (dout, q, k, v)), *rest)
     kernels = dispatch.implementation(_NAME, q, head_dim=q.shape[3])
-    return register.needed(kernels.attention_bwd(dout, q, k, v, out, lse, scale, tuple(need)), need)
+    return plans.of_backend(kernels, "attention_bwd", dout, q, k, v, out, lse, scale, need)
+
+
+def _zeros(dout, q, k, v, out, lse, scale, need):
+    return tuple(
+        torch.zeros(t.shape, dtype=t.dtype, device=t.device) if wanted else None
+        for t, wanted in zip((q, k, v), need, strict=True)
+    )
+
+
+def _packed_backward(dout, q, k, v, out, lse, scale, need):
+    return register.needed(backward(dout, q, k, v, out, lse, scale, tuple(need)), need)
 
 
 def _fake_backward(dout, q, k, v, out, lse, scale, need):
     return [t.new_empty(t.shape) for t in register.needed((q, k, v), need)]
+
+
+def _gradients(dout, q, k, v, out, lse, scale, need):
+    tensors = (dout, q, k, v, out, lse)
+    if plans.straight(*tensors) and not plans.recorded(*tensors):
+        return backward(*tensors, scale, need)
+    return register.spread(torch.ops.cnkernels.attention_backward(*tensors, scale, list(need)), need)
 
 
 def _setup_context(ctx, inputs, output):
@@ -63,15 +103,15 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, dout, dlse):
     if dout is None:
         return None, None, None, None
-    need = list(ctx.needs_input_grad[:3])
-    gradients = torch.ops.cnkernels.attention_backward(dout, *ctx.saved_tensors, ctx.scale, need)
-    return *register.spread(gradients, need), None
+    return *_gradients(dout, *ctx.saved_tensors, ctx.scale, tuple(ctx.needs_input_grad[:3])), None
 
+
+Eager = register.eager_function("Attention", forward, _setup_context, _autograd)
 
 register.op(
     _NAME,
     "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
-    _forward,
+    forward,
     _fake_forward,
     setup_context=_setup_context,
     autograd=_autograd,
@@ -79,6 +119,6 @@ register.op(
 register.op(
     f"{_NAME}_backward",
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, bool[] need) -> Tensor[]",
-    _backward,
+    _packed_backward,
     _fake_backward,
 )

@@ -11,6 +11,8 @@ One kernel owns a tile of queries and sums over keys (delta, dq), another owns a
 """
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -27,6 +29,7 @@ from cnkernels.attention.triton_common import (
     widest_block,
     zero_tiles,
 )
+from cnkernels.launch import Launch
 
 _LOG2E = tl.constexpr(math.log2(math.e))
 _PROGRAMS = 128  # about as many as a large GPU has multiprocessors; fewer programs than this share the queries
@@ -308,18 +311,6 @@ def key_passes(head_dim: int, itemsize: int, capability: int, need_k: bool, need
     return [(need_k, need_v)]
 
 
-def constants_of(head_dim: int, itemsize: int, capability: int, unit: int, config: Config) -> dict:
-    return {
-        "HEAD_DIM": head_dim,
-        "COLUMNS": column_blocks(head_dim, widest_block(itemsize, capability)),
-        "UNIT": unit,
-        "EXACT": itemsize == 4,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "STAGES": config.num_stages,
-    }
-
-
 def split_queries(queries: int, programs: int, block_m: int) -> tuple[int, int]:
     """Queries of each part and the number of parts, so that few tiles of keys still fill a GPU."""
     wanted = triton.cdiv(_PROGRAMS, programs)
@@ -327,19 +318,58 @@ def split_queries(queries: int, programs: int, block_m: int) -> tuple[int, int]:
     return split, triton.cdiv(queries, split)
 
 
-def backward_launches(shape: tuple[int, ...], keys: int, itemsize: int, capability: int, unit: int) -> list[tuple]:
-    """(name, kernel, constants, Config, float32 partial sums) of each launch of a backward for all three gradients."""
-    batch, queries, heads, head_dim = shape
-    config = query_config(head_dim, itemsize, capability)
-    constants = constants_of(head_dim, itemsize, capability, unit, config)
-    launches = [("bwd dq", _attention_bwd_query_kernel, constants | {"NEED_Q": True}, config, [])]
-    config = key_config(head_dim, itemsize, capability)
-    constants = constants_of(head_dim, itemsize, capability, unit, config)
-    _, parts = split_queries(queries, triton.cdiv(keys, config.block_n) * batch * heads, config.block_m)
-    partial = ["dk_ptr", "dv_ptr"] if parts > 1 else []
-    for need_k, need_v in key_passes(head_dim, itemsize, capability, True, True):
-        name = "bwd " + " ".join(["dk"] * need_k + ["dv"] * need_v)
-        launches.append(
-            (name, _attention_bwd_key_kernel, constants | {"NEED_K": need_k, "NEED_V": need_v}, config, partial)
-        )
-    return launches
+@dataclass(frozen=True)
+class Call:
+    """What the launches of one backward pass have in common."""
+
+    shape: tuple[int, ...]  # of q: [B, Sq, H, D]
+    keys: int
+    itemsize: int
+    capability: int
+    unit: int  # elements that strides count in
+    strides: Mapping[str, int]  # the kernels' strides of dout, q, k and v
+
+    def sizes(self, config: Config) -> dict[str, object]:
+        _, queries, heads, head_dim = self.shape
+        return {
+            "heads": heads,
+            "queries": queries,
+            "keys": self.keys,
+            **self.strides,
+            "HEAD_DIM": head_dim,
+            "COLUMNS": column_blocks(head_dim, widest_block(self.itemsize, self.capability)),
+            "UNIT": self.unit,
+            "EXACT": self.itemsize == 4,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "STAGES": config.num_stages,
+        }
+
+
+def query_launch(call: Call, need_q: bool) -> Launch:
+    """Fills delta, for float32 norm too, and dq where it is needed."""
+    batch, queries, heads, head_dim = call.shape
+    config = query_config(head_dim, call.itemsize, call.capability)
+    programs = triton.cdiv(queries, config.block_m) * batch * heads
+    return config.launch(_attention_bwd_query_kernel, programs, sizes=call.sizes(config) | {"NEED_Q": need_q})
+
+
+def key_launches(call: Call, need_k: bool, need_v: bool) -> tuple[list[Launch], int]:
+    """The launches that fill dk and dv where they are needed, and in how many parts, to be added up."""
+    batch, queries, heads, head_dim = call.shape
+    config = key_config(head_dim, call.itemsize, call.capability)
+    programs = triton.cdiv(call.keys, config.block_n) * batch * heads
+    split, parts = split_queries(queries, programs, config.block_m)
+    sizes = call.sizes(config) | {"split": split}
+    launches = [
+        config.launch(_attention_bwd_key_kernel, programs, parts, sizes=sizes | {"NEED_K": pass_k, "NEED_V": pass_v})
+        for pass_k, pass_v in key_passes(head_dim, call.itemsize, call.capability, need_k, need_v)
+        if pass_k or pass_v
+    ]
+    return launches, parts
+
+
+def sum_launch(elements: int, parts: int) -> Launch:
+    """Adds the parts of a gradient of so many elements, in order."""
+    sizes = {"size": elements, "parts": parts, "BLOCK": 1024}
+    return Launch(_attention_bwd_sum_kernel, (triton.cdiv(elements, 1024),), sizes, num_warps=4)

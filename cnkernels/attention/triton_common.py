@@ -5,12 +5,14 @@ whose widths are powers of two (40 = 32 + 16 with 8 columns masked, 80 = 64 + 16
 units work on 48, 80 and 160 columns.
 """
 
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+
+from cnkernels.launch import Launch
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,8 @@ class Config:
     num_stages: int
     maxnreg: int | None = None  # caps the registers of a thread where two programs then share a multiprocessor
 
-    def options(self) -> dict[str, int]:
-        cap = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **cap}
+    def launch(self, kernel: object, *grid: int, sizes: Mapping[str, object]) -> Launch:
+        return Launch(kernel, grid, sizes, self.num_warps, self.num_stages, self.maxnreg)
 
 
 def column_blocks(size: int, widest: int = 256) -> tuple[int, ...]:
@@ -75,9 +76,13 @@ def compute_capability(tensor: torch.Tensor) -> int:
     return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else 9
 
 
-def on_device(tensor: torch.Tensor):
-    """Context in which Triton launches on the tensor's own GPU."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+def named_strides(unit: int, **tensors: torch.Tensor) -> dict[str, int]:
+    """`strides` of each tensor by the kernels' names: stride_qb, stride_qs and stride_qh of `q`."""
+    return {
+        f"stride_{name}{axis}": stride
+        for name, tensor in tensors.items()
+        for axis, stride in zip("bsh", strides(tensor, unit), strict=True)
+    }
 
 
 @triton.constexpr_function

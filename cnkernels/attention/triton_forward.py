@@ -6,6 +6,7 @@ and one exp2.
 """
 
 import math
+from collections.abc import Mapping
 
 import triton
 import triton.language as tl
@@ -23,6 +24,7 @@ from cnkernels.attention.triton_common import (
     widest_block,
     zero_tiles,
 )
+from cnkernels.launch import Launch
 
 # A tile keeps its old row maxima until a score exceeds one by this, in log2: P stays within 2^8, float16 takes 2^15.
 _LAG = tl.constexpr(8.0)
@@ -227,23 +229,30 @@ def _skips_rescale(head_dim: int, capability: int) -> bool:
     return head_dim > 64 and capability != 10
 
 
-def forward_launch(shape: tuple[int, ...], keys: int, itemsize: int, capability: int, unit: int):
-    """(kernel, its constants, its Config) for queries of `shape` [B, Sq, H, D]."""
-    head_dim = shape[3]
+def forward_launch(
+    shape: tuple[int, ...], keys: int, itemsize: int, capability: int, unit: int, strides: Mapping[str, int]
+) -> Launch:
+    """The launch for queries of `shape` [B, Sq, H, D], with the kernel's strides, in units of `unit` elements."""
+    batch, queries, heads, head_dim = shape
     config = forward_config(shape, keys, itemsize, capability)
-    constants = {
+    sizes = {
+        "heads": heads,
+        "queries": queries,
+        "keys": keys,
+        **strides,
         "HEAD_DIM": head_dim,
         "COLUMNS": column_blocks(head_dim, widest_block(itemsize, capability)),
         "UNIT": unit,
         "BLOCK_M": config.block_m,
     }
     if _single_pass(keys, head_dim, itemsize, capability):
-        blocks = column_blocks(keys, 128)
-        ragged = len(blocks) - 1 if keys < sum(blocks) else -1
-        return _attention_fwd_single_kernel, constants | {"KEYS": blocks, "RAGGED": ragged}, config
-    constants |= {
-        "BLOCK_N": config.block_n,
-        "STAGES": config.num_stages,
-        "SKIP_RESCALE": _skips_rescale(head_dim, capability),
-    }
-    return _attention_fwd_kernel, constants, config
+        kernel, blocks = _attention_fwd_single_kernel, column_blocks(keys, 128)
+        sizes |= {"KEYS": blocks, "RAGGED": len(blocks) - 1 if keys < sum(blocks) else -1}
+    else:
+        kernel = _attention_fwd_kernel
+        sizes |= {
+            "BLOCK_N": config.block_n,
+            "STAGES": config.num_stages,
+            "SKIP_RESCALE": _skips_rescale(head_dim, capability),
+        }
+    return config.launch(kernel, triton.cdiv(queries, config.block_m) * batch * heads, sizes=sizes)

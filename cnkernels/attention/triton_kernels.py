@@ -1,15 +1,27 @@
-"""attention in Triton: the launchers, and the launches that are compiled ahead of time."""
+"""attention in Triton: what each call allocates and launches, and what is compiled ahead of time."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-import triton
+from torch import Tensor
 
-from cnkernels.attention import reference, triton_backward, triton_forward
-from cnkernels.attention.triton_common import alignment, compute_capability, on_device, strides
+from cnkernels.aot_case import AotCase
+from cnkernels.attention import reference
+from cnkernels.attention.triton_backward import Call, key_launches, query_launch, sum_launch
+from cnkernels.attention.triton_common import alignment, compute_capability, named_strides
+from cnkernels.attention.triton_forward import forward_launch
+
+_LOG2E = math.log2(math.e)
+_FORWARD = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr", "scale")
+_BACKWARD = (
+    "dout_ptr", "q_ptr", "k_ptr", "v_ptr", "lse_ptr", "delta_ptr", "norm_ptr", "out_ptr",
+    "dq_ptr", "dk_ptr", "dv_ptr", "scale",
+)  # fmt: skip
 
 
-def attention_fwd(q, k, v, scale):
+def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention and the log-sum-exp of every row, as cnkernels.attention.reference.attention_fwd defines them.
 
     Args:
@@ -24,35 +36,33 @@ def attention_fwd(q, k, v, scale):
         The sum over keys runs in a fixed order: repeated runs are bitwise equal. A negative scale costs a copy of q.
         Online softmax: Milakov and Gimelshein, 2018; the skipped rescale is FlashAttention-4's.
     """
+    return attention_fwd_plan(q, k, v, scale)(q, k, v, scale)
+
+
+def attention_fwd_plan(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What runs attention_fwd for tensors like these and a scale of this sign."""
     if scale < 0:  # row maxima are taken before scaling
-        q, scale = -q, -scale
-    batch, queries, heads, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+        positive = attention_fwd_plan(-q, k, v, -scale)
+        return lambda q, k, v, scale: positive(-q, k, v, -scale)
+    batch, queries, heads, _ = shape = q.shape
+    lse_shape, dtype, device = (batch, heads, queries), q.dtype, q.device
     unit = alignment(q, k, v)
-    kernel, constants, config = triton_forward.forward_launch(
-        q.shape, k.shape[1], q.element_size(), compute_capability(q), unit
-    )
-    steps = [stride for tensor in (q, k, v) for stride in strides(tensor, unit)]
-    with on_device(q):
-        kernel[(triton.cdiv(queries, config.block_m) * batch * heads,)](
-            q,
-            k,
-            v,
-            out,
-            lse,
-            scale * math.log2(math.e),
-            heads,
-            queries,
-            k.shape[1],
-            *steps,
-            **constants,
-            **config.options(),
-        )
-    return out, lse
+    strides = named_strides(unit, q=q, k=k, v=v)
+    launch = forward_launch(shape, k.shape[1], q.element_size(), compute_capability(q), unit, strides)
+    launch = launch.bind(device, _FORWARD)
+
+    def run(q, k, v, scale):
+        out = torch.empty(shape, dtype=dtype, device=device)
+        lse = torch.empty(lse_shape, dtype=torch.float32, device=device)
+        launch((q, k, v, out, lse, scale * _LOG2E))
+        return out, lse
+
+    return run
 
 
-def attention_bwd(dout, q, k, v, out, lse, scale, need):
+def attention_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, need: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of attention_fwd's out with respect to those of q, k and v that `need` asks for.
 
     Args:
@@ -68,103 +78,80 @@ def attention_bwd(dout, q, k, v, out, lse, scale, need):
         partial sums are kept in float32 and added in order.
         Dao, "FlashAttention-2: Faster attention with better parallelism and work partitioning", 2023.
     """
+    return attention_bwd_plan(dout, q, k, v, out, lse, scale, need)(dout, q, k, v, out, lse, scale, need)
+
+
+def attention_bwd_plan(dout, q, k, v, out, lse, scale, need) -> Callable:
+    """What runs attention_bwd for tensors like these."""
     if k.shape[1] == 1:  # dS is exactly 0, as two sums of the same products in different orders are not
-        return reference.attention_bwd(dout, q, k, v, out, lse, scale, need)
+        return reference.attention_bwd
     need_q, need_k, need_v = need
-    delta = torch.empty_like(lse)
-    exact = q.dtype == torch.float32
-    norm = torch.empty_like(lse) if exact else delta
-    tensors = (dout, q, k, v, lse, delta, norm)
-    dq = dk = dv = None
-    with on_device(q):
-        if need_q or need_k or exact:
-            dq = _query_gradient(tensors, out, scale, need_q)
-        for pass_k, pass_v in triton_backward.key_passes(
-            q.shape[3], q.element_size(), compute_capability(q), need_k, need_v
-        ):
-            if pass_k or pass_v:
-                gradients = _key_gradients(tensors, scale, pass_k, pass_v)
-                dk, dv = gradients[0] if pass_k else dk, gradients[1] if pass_v else dv
-    return dq, dk, dv
+    dtype, device = q.dtype, q.device
+    unit = alignment(dout, q, k, v)
+    strides = named_strides(unit, do=dout, q=q, k=k, v=v)
+    call = Call(q.shape, k.shape[1], q.element_size(), compute_capability(q), unit, strides)
+    exact = dtype == torch.float32
+    launches, parts = key_launches(call, need_k, need_v)
+    if need_q or need_k or exact:
+        launches.insert(0, query_launch(call, need_q))
+    launches = [launch.bind(device, _BACKWARD) for launch in launches]
+    query_shape, key_shape = q.shape, k.shape
+    partial = (key_shape, dtype) if parts == 1 else ((parts, *key_shape), torch.float32)
+    add = None if parts == 1 else sum_launch(k.numel(), parts).bind(device, ("parts_ptr", "sum_ptr"))
+
+    def new(shape, dtype):
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def summed(gradient):
+        if gradient is None or add is None:
+            return gradient
+        total = new(key_shape, dtype)
+        add((gradient, total))
+        return total
+
+    def run(dout, q, k, v, out, lse, scale, need):
+        delta = torch.empty_like(lse)
+        norm = torch.empty_like(lse) if exact else delta
+        dq = new(query_shape, dtype) if need_q else None
+        dk = new(*partial) if need_k else None
+        dv = new(*partial) if need_v else None
+        operands = (dout, q, k, v, lse, delta, norm, out, dq, dk, dv, scale)
+        for launch in launches:
+            launch(operands)
+        return dq, summed(dk), summed(dv)
+
+    return run
 
 
-def _layout(tensors):
-    """The unit of the strides of dout, q, k, v, and those strides."""
-    unit = alignment(*tensors[:4])
-    return unit, [stride for tensor in tensors[:4] for stride in strides(tensor, unit)]
-
-
-def _query_gradient(tensors, out, scale, need_q):
-    """dq, or None; fills delta and norm."""
-    q, k = tensors[1:3]
-    batch, queries, heads, head_dim = q.shape
-    capability = compute_capability(q)
-    config = triton_backward.query_config(head_dim, q.element_size(), capability)
-    unit, steps = _layout(tensors)
-    constants = triton_backward.constants_of(head_dim, q.element_size(), capability, unit, config)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if need_q else None
-    triton_backward._attention_bwd_query_kernel[(triton.cdiv(queries, config.block_m) * batch * heads,)](
-        *tensors, out, dq, scale, heads, queries, k.shape[1], *steps, **constants, NEED_Q=need_q, **config.options()
-    )
-    return dq
-
-
-def _key_gradients(tensors, scale, need_k, need_v):
-    q, k = tensors[1:3]
-    batch, keys, heads, head_dim = k.shape
-    capability = compute_capability(k)
-    config = triton_backward.key_config(head_dim, k.element_size(), capability)
-    unit, steps = _layout(tensors)
-    constants = triton_backward.constants_of(head_dim, k.element_size(), capability, unit, config)
-    programs = triton.cdiv(keys, config.block_n) * batch * heads
-    split, parts = triton_backward.split_queries(q.shape[1], programs, config.block_m)
-    shape, dtype = (k.shape, k.dtype) if parts == 1 else ((parts, *k.shape), torch.float32)
-    dk = torch.empty(shape, dtype=dtype, device=k.device) if need_k else None
-    dv = torch.empty(shape, dtype=dtype, device=k.device) if need_v else None
-    triton_backward._attention_bwd_key_kernel[(programs, parts)](
-        *tensors, dk, dv, scale, heads, q.shape[1], keys, split, *steps,
-        **constants, NEED_K=need_k, NEED_V=need_v, **config.options(),
-    )  # fmt: skip
-    if parts > 1:
-        dk, dv = (None if gradient is None else _sum_parts(gradient, k) for gradient in (dk, dv))
-    return dk, dv
-
-
-def _sum_parts(parts, like):
-    total = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    grid = (triton.cdiv(total.numel(), 1024),)
-    triton_backward._attention_bwd_sum_kernel[grid](parts, total, total.numel(), parts.shape[0], 1024, num_warps=4)
-    return total
-
-
-def aot_cases() -> list:
+def aot_cases() -> list[AotCase]:
     """The kernels of Stable Diffusion 1.5's self- and cross-attention at 512x512, batch 2, for cnkernels.aot."""
-    from cnkernels.aot_case import AotCase
-
     cases = []
     for archs, capability in (((80, 120), 8), ((90,), 9), ((100,), 10)):
         for length, head_dim in ((4096, 40), (1024, 80), (256, 160), (64, 160)):
             for keys in (length, 77):
-                shape, itemsize = (2, length, 8, head_dim), 2
                 name = f"{length}x{keys} head_dim={head_dim} fp16"
-                launches = [("fwd", *triton_forward.forward_launch(shape, keys, itemsize, capability, 8), [])]
-                launches += triton_backward.backward_launches(shape, keys, itemsize, capability, 8)
-                for stem, kernel, constants, config, wide in launches:
-                    cases.append(
-                        AotCase(
-                            f"{stem} {name}", kernel, _signature(kernel, constants, wide), constants,
-                            config.num_warps, config.num_stages, True, config.maxnreg, archs,
-                        )
-                    )  # fmt: skip
+                for stem, launch, operands in _launches((2, length, 8, head_dim), keys, capability):
+                    case = launch.case(f"{stem} {name}", operands, uses_matrix_units=True)
+                    cases.append(replace(case, archs=archs))
     return cases
 
 
-def _signature(kernel, constants: dict, wide: list[str]) -> dict[str, str]:
-    """Types of a float16 call; `wide` names the gradients that are float32 partial sums."""
-    float32 = {"lse_ptr", "delta_ptr", "norm_ptr", *wide}
-    names = [name for name in kernel.arg_names if name not in constants]
-    kinds = {True: "*fp32", False: "*fp16"}
-    return {
-        name: kinds[name in float32] if name.endswith("_ptr") else "fp32" if name == "scale" else "i32"
-        for name in names
-    }
+def _launches(shape: tuple[int, ...], keys: int, capability: int) -> list[tuple[str, object, dict]]:
+    """(name, launch, operands) of a float16 call, forward and backward for all three gradients."""
+    q = torch.empty(shape, dtype=torch.float16, device="meta")
+    k = torch.empty((shape[0], keys, *shape[2:]), dtype=torch.float16, device="meta")
+    unit = alignment(q, k)
+    strides = named_strides(unit, q=q, k=k, v=k)
+    operands = dict.fromkeys((*_FORWARD, *_BACKWARD), torch.float16) | {"scale": 1.0}
+    operands |= dict.fromkeys(("lse_ptr", "delta_ptr", "norm_ptr"), torch.float32)
+    call = Call(shape, keys, 2, capability, unit, named_strides(unit, do=q) | strides)
+    by_keys, parts = key_launches(call, True, True)
+    partial = dict.fromkeys(("dk_ptr", "dv_ptr"), torch.float16 if parts == 1 else torch.float32)
+    launches = [
+        ("fwd", forward_launch(shape, keys, 2, capability, unit, strides), operands),
+        ("bwd dq", query_launch(call, True), operands),
+    ]
+    for launch in by_keys:
+        needed = [name for name, need in (("dk", "NEED_K"), ("dv", "NEED_V")) if launch.sizes[need]]
+        launches.append((" ".join(("bwd", *needed)), launch, operands | partial))
+    return launches

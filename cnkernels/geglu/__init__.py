@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from cnkernels.geglu import registration  # noqa: F401  (registers torch.ops.cnkernels.geglu)
+from cnkernels import plans
+from cnkernels.geglu import registration
 
 
 def geglu(projected: Tensor) -> Tensor:
@@ -26,4 +27,6 @@ def geglu(projected: Tensor) -> Tensor:
         Differentiable, deterministic; saves only `projected`. Under autocast it runs in the dtype of `projected`.
         Shazeer, "GLU Variants Improve Transformer", 2020.
     """
-    return torch.ops.cnkernels.geglu(projected)
+    if not plans.straight(projected):
+        return torch.ops.cnkernels.geglu(projected)
+    return registration.Eager.apply(projected) if plans.recorded(projected) else registration.forward(projected)

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from cnkernels import dispatch, layout, register
-from cnkernels.errors import expect
+from cnkernels import dispatch, layout, plans, register
+from cnkernels.register import expect
 
 _NAME = "geglu"
+_FORWARD, _BACKWARD = plans.Plans(), plans.Plans()
 
 
 def _validate(projected: Tensor) -> None:
@@ -15,11 +16,20 @@ def _validate(projected: Tensor) -> None:
     expect(fits, _NAME, "projected", "[..., 2C], its last dimension even", f"shape {list(projected.shape)}")
 
 
-def _forward(projected):
+def forward(projected: Tensor) -> Tensor:
+    key = (plans.of(projected), dispatch.current())
+    plan = _FORWARD.get(key) or _FORWARD.add(key, _plan_forward(projected))
+    return plan(projected)
+
+
+def _plan_forward(projected):
     _validate(projected)
-    if projected.numel() == 0:
-        return fake_forward(projected)
-    return dispatch.implementation(_NAME, projected).geglu_fwd(layout.adjacent(projected))
+    if projected.numel() == 0 or projected.is_meta:
+        return fake_forward
+    rows = layout.adjacent(projected)
+    if rows is not projected:
+        return lambda projected: forward(layout.adjacent(projected))
+    return plans.of_backend(dispatch.implementation(_NAME, projected), "geglu_fwd", projected)
 
 
 def fake_forward(projected):
@@ -27,14 +37,35 @@ def fake_forward(projected):
     return projected.new_empty((*projected.shape[:-1], projected.shape[-1] // 2))
 
 
-def _backward(dout, projected):
-    if projected.numel() == 0:
-        return _fake_backward(dout, projected)
-    return dispatch.implementation(_NAME, projected).geglu_bwd(layout.adjacent(dout), layout.adjacent(projected))
+def backward(dout: Tensor, projected: Tensor) -> Tensor:
+    key = (plans.of(dout), plans.of(projected), dispatch.current())
+    plan = _BACKWARD.get(key) or _BACKWARD.add(key, _plan_backward(dout, projected))
+    return plan(dout, projected)
+
+
+def _plan_backward(dout, projected):
+    if projected.numel() == 0 or projected.is_meta:
+        return _fake_backward
+    given = (dout, projected)
+    adjacent = tuple(map(layout.adjacent, given))
+    if any(a is not b for a, b in zip(adjacent, given, strict=True)):
+        return lambda *given: backward(*map(layout.adjacent, given))
+    return plans.of_backend(dispatch.implementation(_NAME, projected), "geglu_bwd", dout, projected)
 
 
 def _fake_backward(dout, projected):
     return projected.new_empty(projected.shape)
+
+
+def call(projected: Tensor) -> Tensor:
+    """The op without gradients."""
+    return forward(projected) if plans.straight(projected) else torch.ops.cnkernels.geglu(projected)
+
+
+def gradient(dout: Tensor, projected: Tensor) -> Tensor:
+    if plans.straight(dout, projected) and not plans.recorded(dout, projected):
+        return backward(dout, projected)
+    return torch.ops.cnkernels.geglu_backward(dout, projected)
 
 
 def _setup_context(ctx, inputs, output):
@@ -42,10 +73,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, dout):
-    return torch.ops.cnkernels.geglu_backward(dout, *ctx.saved_tensors)
+    return gradient(dout, *ctx.saved_tensors)
 
+
+Eager = register.eager_function("GEGLU", forward, _setup_context, _autograd)
 
 register.op(
-    _NAME, "(Tensor projected) -> Tensor", _forward, fake_forward, setup_context=_setup_context, autograd=_autograd
+    _NAME, "(Tensor projected) -> Tensor", forward, fake_forward, setup_context=_setup_context, autograd=_autograd
 )
-register.op(f"{_NAME}_backward", "(Tensor dout, Tensor projected) -> Tensor", _backward, _fake_backward)
+register.op(f"{_NAME}_backward", "(Tensor dout, Tensor projected) -> Tensor", backward, _fake_backward)

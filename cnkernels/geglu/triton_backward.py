@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cnkernels.geglu.triton_common import CONFIG, SQRT_HALF, grid, row_matrix, tile
+from cnkernels.geglu.triton_common import SQRT_HALF, launch_of, tile
 from cnkernels.launch import Launch
 
 _RSQRT_TWO_PI = tl.constexpr(0.3989422804014327)
@@ -34,8 +34,7 @@ def _geglu_bwd_kernel(
     tl.store(dprojected + columns, dout * value * (cdf + gate * density), mask=mask)
 
 
-def backward_launch(dout: Tensor, projected: Tensor, dprojected: Tensor) -> Launch:
-    dout, projected = row_matrix(dout), row_matrix(projected)
-    rows, columns = dout.shape
-    arguments = (dout, projected, dprojected, rows, columns, dout.stride(0), projected.stride(0))
-    return Launch(_geglu_bwd_kernel, grid(rows, columns), arguments, CONFIG)
+def backward_launch(dout: Tensor, projected: Tensor) -> Launch:
+    """For `dout` [rows, columns] and `projected` [rows, 2 * columns]."""
+    strides = {"stride_dout": dout.stride(0), "stride_row": projected.stride(0)}
+    return launch_of(_geglu_bwd_kernel, *dout.shape, strides)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cnkernels.geglu.triton_common import CONFIG, SQRT_HALF, grid, row_matrix, tile
+from cnkernels.geglu.triton_common import SQRT_HALF, launch_of, tile
 from cnkernels.launch import Launch
 
 
@@ -26,8 +26,7 @@ def _geglu_fwd_kernel(
     tl.store(out_ptr + row * columns + column, value * (gate * cdf), mask=mask)
 
 
-def forward_launch(projected: Tensor, out: Tensor) -> Launch:
-    projected = row_matrix(projected)
-    rows, columns = projected.shape[0], out.shape[-1]
-    arguments = (projected, out, rows, columns, projected.stride(0))
-    return Launch(_geglu_fwd_kernel, grid(rows, columns), arguments, CONFIG)
+def forward_launch(projected: Tensor) -> Launch:
+    """For `projected` [rows, 2 * columns]."""
+    rows, width = projected.shape
+    return launch_of(_geglu_fwd_kernel, rows, width // 2, {"stride_row": projected.stride(0)})

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from cnkernels.group_norm_silu import registration  # noqa: F401  (registers torch.ops.cnkernels.group_norm_silu)
+from cnkernels import plans
+from cnkernels.group_norm_silu import registration
 
 
 def group_norm_silu(
@@ -41,4 +42,9 @@ def group_norm_silu(
         deterministic. Saved for backward: x, mean, rstd (and the parameters). Under autocast x keeps its own dtype.
         Wu and He, "Group Normalization", 2018.
     """
-    return torch.ops.cnkernels.group_norm_silu(x, groups, weight, bias, eps, activation, addend)[0]
+    plain = type(groups) is int and type(eps) is float and (activation is None or type(activation) is str)
+    if not (plain and plans.straight(x, weight, bias, addend)):
+        return torch.ops.cnkernels.group_norm_silu(x, groups, weight, bias, eps, activation, addend)[0]
+    if plans.recorded(x, weight, bias, addend):
+        return registration.Eager.apply(x, groups, weight, bias, eps, activation, addend)[0]
+    return registration.forward(x, groups, weight, bias, eps, activation, addend)[0]

@@ -5,10 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from cnkernels import dispatch, layout, register
-from cnkernels.errors import expect
+from cnkernels import dispatch, layout, plans, register
+from cnkernels.register import expect
 
 _NAME = "group_norm_silu"
+_FORWARD, _BACKWARD = plans.Plans(), plans.Plans()
 
 
 def _validate(
@@ -26,13 +27,31 @@ def _validate(
     register.expect_parameter(_NAME, "addend", addend, (x.shape[0], channels), x)
 
 
-def _forward(x, groups, weight, bias, eps, activation, addend):
+def forward(x, groups, weight, bias, eps, activation, addend) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = plans.of(x), plans.of(weight), plans.of(bias), plans.of(addend)
+    key = (tensors, groups, eps, activation, dispatch.current())
+    plan = _FORWARD.get(key) or _FORWARD.add(key, _plan_forward(x, groups, weight, bias, eps, activation, addend))
+    return plan(x, groups, weight, bias, eps, activation, addend)
+
+
+def _plan_forward(x, groups, weight, bias, eps, activation, addend):
     _validate(x, groups, weight, bias, eps, activation, addend)
-    x = layout.dense(x)
-    if x.numel() == 0:
-        return fake_forward(x, groups, weight, bias, eps, activation, addend)
+    if x.numel() == 0 or x.is_meta:
+        return fake_forward
+    if not _readable(x, weight, bias, addend):
+        return _forward_of_copies
+    kernels = dispatch.implementation(_NAME, x)
+    return plans.of_backend(kernels, "group_norm_silu_fwd", x, groups, weight, bias, eps, activation, addend)
+
+
+def _readable(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether kernels read all of them as they are."""
+    return layout.dense(x) is x and all(t is None or t.is_contiguous() for t in parameters)
+
+
+def _forward_of_copies(x, groups, weight, bias, eps, activation, addend):
     weight, bias, addend = register.contiguous(weight, bias, addend)
-    return dispatch.implementation(_NAME, x).group_norm_silu_fwd(x, groups, weight, bias, eps, activation, addend)
+    return forward(layout.dense(x), groups, weight, bias, eps, activation, addend)
 
 
 def fake_forward(x, groups, weight, bias, eps, activation, addend):
@@ -42,21 +61,64 @@ def fake_forward(x, groups, weight, bias, eps, activation, addend):
     return torch.empty_like(layout.dense(x)), mean, torch.zeros_like(mean)
 
 
-def _backward(dy, x, groups, weight, bias, mean, rstd, activation, addend, need):
-    x = layout.dense(x)
-    if x.numel() == 0:
-        return [torch.zeros_like(t) for t in register.needed((x, weight, bias, addend), need)]
-    weight, bias, addend = register.contiguous(weight, bias, addend)
-    kernels = dispatch.implementation(_NAME, x)
-    gradients = kernels.group_norm_silu_bwd(
-        layout.match(dy, x), x, groups, weight, bias, mean, rstd, activation, addend, tuple(need)
+def backward(dy, x, groups, weight, bias, mean, rstd, activation, addend, need: tuple[bool, bool, bool, bool]):
+    """(dx, dweight, dbias, daddend), None where not needed."""
+    arguments = (dy, x, groups, weight, bias, mean, rstd, activation, addend, need)
+    tensors = tuple(map(plans.of, (dy, x, weight, bias, mean, rstd, addend)))
+    key = (tensors, groups, activation, need, dispatch.current())
+    plan = _BACKWARD.get(key) or _BACKWARD.add(key, _plan_backward(*arguments))
+    return plan(*arguments)
+
+
+def _plan_backward(dy, x, groups, weight, bias, mean, rstd, activation, addend, need):
+    if x.numel() == 0 or x.is_meta:
+        return _zeros
+    if not _readable(x, weight, bias, addend) or layout.match(dy, x) is not dy:
+        return _backward_of_copies
+    return plans.of_backend(
+        dispatch.implementation(_NAME, x),
+        "group_norm_silu_bwd",
+        *(dy, x, groups, weight, bias, mean, rstd, activation, addend, need),
     )
+
+
+def _zeros(dy, x, groups, weight, bias, mean, rstd, activation, addend, need):
+    given = (layout.dense(x), *register.contiguous(weight, bias, addend))
+    return tuple(torch.zeros_like(t) if wanted else None for t, wanted in zip(given, need, strict=True))
+
+
+def _backward_of_copies(dy, x, groups, weight, bias, mean, rstd, activation, addend, need):
+    x = layout.dense(x)
+    weight, bias, addend = register.contiguous(weight, bias, addend)
+    return backward(layout.match(dy, x), x, groups, weight, bias, mean, rstd, activation, addend, need)
+
+
+def _packed_backward(dy, x, groups, weight, bias, mean, rstd, activation, addend, need):
+    gradients = backward(dy, x, groups, weight, bias, mean, rstd, activation, addend, tuple(need))
     return register.needed(gradients, need)
 
 
 def _fake_backward(dy, x, groups, weight, bias, mean, rstd, activation, addend, need):
     contiguous = register.contiguous(weight, bias, addend)
     return [torch.empty_like(t) for t in register.needed((layout.dense(x), *contiguous), need)]
+
+
+def call(x, groups, weight, bias, eps, activation, addend) -> tuple[Tensor, Tensor, Tensor]:
+    """The op without gradients: y, mean and rstd."""
+    if plans.straight(x, weight, bias, addend):
+        return forward(x, groups, weight, bias, eps, activation, addend)
+    return torch.ops.cnkernels.group_norm_silu(x, groups, weight, bias, eps, activation, addend)
+
+
+def gradients(dy, x, groups, weight, bias, mean, rstd, activation, addend, need: tuple[bool, bool, bool, bool]):
+    """(dx, dweight, dbias, daddend), None where not needed."""
+    tensors = (dy, x, weight, bias, mean, rstd, addend)
+    if plans.straight(*tensors) and not plans.recorded(*tensors):
+        return backward(dy, x, groups, weight, bias, mean, rstd, activation, addend, need)
+    packed = torch.ops.cnkernels.group_norm_silu_backward(
+        dy, x, groups, weight, bias, mean, rstd, activation, addend, list(need)
+    )
+    return register.spread(packed, need)
 
 
 def _setup_context(ctx, inputs, output):
@@ -68,24 +130,22 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, dy, dmean, drstd):
-    nothing = (None,) * 7
     if dy is None:
-        return nothing
+        return (None,) * 7
     x, weight, bias, addend, mean, rstd = ctx.saved_tensors
     wanted = ctx.needs_input_grad
-    need = [wanted[0], wanted[2], wanted[3], wanted[6]]
-    gradients = torch.ops.cnkernels.group_norm_silu_backward(
-        dy, x, ctx.groups, weight, bias, mean, rstd, ctx.activation, addend, need
-    )
-    dx, dweight, dbias, daddend = register.spread(gradients, need)
+    need = (wanted[0], wanted[2], wanted[3], wanted[6])
+    dx, dweight, dbias, daddend = gradients(dy, x, ctx.groups, weight, bias, mean, rstd, ctx.activation, addend, need)
     return dx, None, dweight, dbias, None, None, daddend
 
+
+Eager = register.eager_function("GroupNormSiLU", forward, _setup_context, _autograd)
 
 register.op(
     _NAME,
     "(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, str? activation, Tensor? addend) "
     "-> (Tensor, Tensor, Tensor)",
-    _forward,
+    forward,
     fake_forward,
     setup_context=_setup_context,
     autograd=_autograd,
@@ -94,6 +154,6 @@ register.op(
     f"{_NAME}_backward",
     "(Tensor dy, Tensor x, int groups, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, str? activation, "
     "Tensor? addend, bool[] need) -> Tensor[]",
-    _backward,
+    _packed_backward,
     _fake_backward,
 )

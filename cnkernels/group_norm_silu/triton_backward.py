@@ -9,7 +9,7 @@ A first pass leaves sums per group and, where a parameter asks, per channel; the
 programs, adds the channel sums up in a fixed order. A group that fits in registers is done by the first pass alone.
 """
 
-from functools import lru_cache
+from dataclasses import replace
 
 import triton
 import triton.language as tl
@@ -17,7 +17,6 @@ import triton.language as tl
 from cnkernels.group_norm_silu.triton_common import (
     ROWS_BACKWARD,
     SPANS,
-    Launch,
     cut_rows,
     cut_spans,
     elementwise_columns,
@@ -31,6 +30,7 @@ from cnkernels.group_norm_silu.triton_common import (
     spread,
     warps_for,
 )
+from cnkernels.launch import Launch
 
 
 @triton.jit
@@ -453,12 +453,11 @@ def _sum_parts(pointers, parts, stride, mask, BLOCK_P: tl.constexpr, BLOCK_C: tl
     return tl.sum(total, axis=0)
 
 
-@lru_cache(maxsize=4096)
-def backward_plan(
+def backward_launches(
     batch: int, channels: int, spatial: int, groups: int, itemsize: int, channels_last: bool, silu: bool
 ) -> tuple[Launch, Launch | None, Launch, tuple[int, int]]:
     """The launches for the sums, dx (None: the first does it) and the parameters; partials per group, per channel."""
-    plan = _spans_plan if channels_last else _rows_plan
+    plan = _spans_launches if channels_last else _rows_launches
     sums, dx, partials, parts, strides = plan(batch, channels, spatial, groups, itemsize, silu)
     block = 64 if channels_last else 16  # whichever of channels and parts is contiguous gets the wide side
     parameters = {"spatial": spatial, "groups": groups, "group_channels": channels // groups, "channels": channels}
@@ -466,15 +465,19 @@ def backward_plan(
     parameters |= {"BLOCK_C": block, "BLOCK_P": min(512 // block, triton.next_power_of_2(max(parts, partials)))}
     planes = {"group_plane": batch * groups * partials, "channel_plane": batch * channels * parts}
     parameters = Launch(
-        _group_norm_silu_parameter_gradients_kernel, triton.cdiv(channels, block), parameters | planes, 4, maxnreg=128
+        _group_norm_silu_parameter_gradients_kernel,
+        (triton.cdiv(channels, block),),
+        parameters | planes,
+        4,
+        maxnreg=128,
     )
-    sums = Launch(sums.kernel, sums.grid, sums.sizes | planes, sums.num_warps)
+    sums = replace(sums, sizes=sums.sizes | planes)
     if dx is not None:
-        dx = Launch(dx.kernel, dx.grid, dx.sizes | {"group_plane": planes["group_plane"]}, dx.num_warps)
+        dx = replace(dx, sizes=dx.sizes | {"group_plane": planes["group_plane"]})
     return sums, dx, parameters, (partials, parts)
 
 
-def _rows_plan(batch, channels, spatial, groups, itemsize, silu):
+def _rows_launches(batch, channels, spatial, groups, itemsize, silu):
     cut = cut_rows(batch, channels, spatial, groups)
     strides = {"stride_c": cut.segments, "stride_part": 1}
     sizes = {
@@ -488,7 +491,7 @@ def _rows_plan(batch, channels, spatial, groups, itemsize, silu):
     }
     if fits(cut.elements, batch * groups, ROWS_BACKWARD):
         sizes |= {"TILES": cut.tiles, "BLOCK_R": cut.tile}
-        fused = Launch(_group_norm_silu_rows_fused_bwd_kernel, batch * groups, sizes, warps_for(cut.elements))
+        fused = Launch(_group_norm_silu_rows_fused_bwd_kernel, (batch * groups,), sizes, warps_for(cut.elements))
         return fused, None, 1, cut.segments, strides
     sizes["BLOCK_R"] = cut.block
     sums = sizes | {"chunk_rows": cut.chunk, "chunks": cut.chunks}
@@ -496,15 +499,15 @@ def _rows_plan(batch, channels, spatial, groups, itemsize, silu):
     dx = sizes | {"chunk_rows": finer.chunk, "chunks": finer.chunks}
     dx |= {"partials": cut.chunks, "BLOCK_P": triton.next_power_of_2(cut.chunks)}
     return (
-        Launch(_group_norm_silu_rows_sums_kernel, batch * groups * cut.chunks, sums, 8),
-        Launch(_group_norm_silu_rows_dx_kernel, batch * groups * finer.chunks, dx, 8),
+        Launch(_group_norm_silu_rows_sums_kernel, (batch * groups * cut.chunks,), sums, 8),
+        Launch(_group_norm_silu_rows_dx_kernel, (batch * groups * finer.chunks,), dx, 8),
         cut.chunks,
         cut.segments,
         strides,
     )
 
 
-def _spans_plan(batch, channels, spatial, groups, itemsize, silu):
+def _spans_launches(batch, channels, spatial, groups, itemsize, silu):
     cut = cut_spans(batch, channels, spatial, groups, itemsize)
     strides = {"stride_c": 1, "stride_part": channels}
     sizes = {
@@ -519,15 +522,15 @@ def _spans_plan(batch, channels, spatial, groups, itemsize, silu):
     held = triton.next_power_of_2(spatial) * cut.width
     if cut.splits == 1 and fits(held, batch * cut.columns, SPANS):
         span |= {"chunk_rows": spatial, "chunks": 1, "BLOCK_R": triton.next_power_of_2(spatial), "FUSED": True}
-        fused = Launch(_group_norm_silu_spans_bwd_kernel, batch * cut.columns, sizes | span, warps_for(held))
+        fused = Launch(_group_norm_silu_spans_bwd_kernel, (batch * cut.columns,), sizes | span, warps_for(held))
         return fused, None, 1, 1, strides
     block = max(1, cut.block // 2)  # each element has two values to load and three sums
     span |= {"chunk_rows": cut.chunk, "chunks": cut.chunks, "BLOCK_R": block, "FUSED": False}
     dx = elementwise_columns(batch, channels, spatial, groups)
     dx |= {"partials": cut.partials, "BLOCK_P": triton.next_power_of_2(cut.partials)}
     return (
-        Launch(_group_norm_silu_spans_bwd_kernel, batch * cut.columns * cut.chunks, sizes | span, 8),
-        Launch(_group_norm_silu_spans_dx_kernel, batch * dx["columns"] * dx["chunks"], sizes | dx, 8),
+        Launch(_group_norm_silu_spans_bwd_kernel, (batch * cut.columns * cut.chunks,), sizes | span, 8),
+        Launch(_group_norm_silu_spans_dx_kernel, (batch * dx["columns"] * dx["chunks"],), sizes | dx, 8),
         cut.partials,
         cut.chunks,
         strides,

@@ -13,7 +13,6 @@ into a workspace, then the elementwise pass, each program of which merges the pa
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import triton
 import triton.language as tl
@@ -25,26 +24,6 @@ MAX_SPAN = 512  # channels; a wider group is split and its parts merged like chu
 ROWS_FORWARD = 40960  # elements held in registers, in float32: 80 to a thread at 16 warps
 ROWS_BACKWARD = 20480  # half: of each of them, two values
 SPANS = 16384  # less: the sums of each channel cross the threads
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel with everything but its tensors, so that what runs and what is compiled ahead of time agree."""
-
-    kernel: object
-    grid: int
-    sizes: dict
-    num_warps: int
-    maxnreg: int | None = None  # registers a thread may have, where ptxas would rather spill than take them
-
-    @cached_property
-    def operands(self):
-        return [name for name in self.kernel.arg_names if name not in self.sizes]
-
-    def __call__(self, tensors):
-        """Launches on those of `tensors` that the kernel names."""
-        operands = {name: tensors[name] for name in self.operands}
-        self.kernel[(self.grid,)](**operands, **self.sizes, num_warps=self.num_warps, maxnreg=self.maxnreg)
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,12 @@
 y = act((x + addend - mean) * rstd * weight + bias)
 """
 
-from functools import lru_cache
-
 import triton
 import triton.language as tl
 
 from cnkernels.group_norm_silu.triton_common import (
     ROWS_FORWARD,
     SPANS,
-    Launch,
     activate,
     cut_rows,
     cut_spans,
@@ -28,6 +25,7 @@ from cnkernels.group_norm_silu.triton_common import (
     spread,
     warps_for,
 )
+from cnkernels.launch import Launch
 
 
 @triton.jit
@@ -411,36 +409,35 @@ def _group_norm_silu_spans_apply_kernel(
         base += BLOCK_R * channels
 
 
-@lru_cache(maxsize=4096)
-def forward_plan(
+def forward_launches(
     batch: int, channels: int, spatial: int, groups: int, itemsize: int, channels_last: bool, silu: bool
 ) -> tuple[tuple[Launch, ...], int]:
     """The launches of one forward call, in order, and how many partials a group has between them (0: one launch)."""
     if channels_last:
-        return _spans_plan(batch, channels, spatial, groups, itemsize, silu)
-    return _rows_plan(batch, channels, spatial, groups, silu)
+        return _spans_launches(batch, channels, spatial, groups, itemsize, silu)
+    return _rows_launches(batch, channels, spatial, groups, silu)
 
 
-def _rows_plan(batch, channels, spatial, groups, silu):
+def _rows_launches(batch, channels, spatial, groups, silu):
     cut = cut_rows(batch, channels, spatial, groups)
     sizes = {"spatial": spatial, "group_channels": channels // groups}
     tile = {"segments": cut.segments, "BLOCK_W": cut.width, "WHOLE_ROWS": spatial % cut.width == 0}
     if fits(cut.elements, batch * groups, ROWS_FORWARD):
         block = {"groups": groups, "TILES": cut.tiles, "BLOCK_R": cut.tile, "SILU": silu}
         warps = warps_for(cut.elements)
-        return (Launch(_group_norm_silu_rows_fused_fwd_kernel, batch * groups, sizes | tile | block, warps),), 0
+        return (Launch(_group_norm_silu_rows_fused_fwd_kernel, (batch * groups,), sizes | tile | block, warps),), 0
     stats = sizes | tile | {"plane": batch * groups * cut.chunks, "BLOCK_R": cut.block}
     stats |= {"chunk_rows": cut.chunk, "chunks": cut.chunks}
     finer = cut_rows(batch, channels, spatial, groups, finer=2)
     apply = stats | {"groups": groups, "partials": cut.chunks, "chunk_rows": finer.chunk, "chunks": finer.chunks}
     apply |= {"BLOCK_P": triton.next_power_of_2(cut.chunks), "SILU": silu}
     return (
-        Launch(_group_norm_silu_rows_stats_kernel, batch * groups * cut.chunks, stats, 8),
-        Launch(_group_norm_silu_rows_apply_kernel, batch * groups * finer.chunks, apply, 8),
+        Launch(_group_norm_silu_rows_stats_kernel, (batch * groups * cut.chunks,), stats, 8),
+        Launch(_group_norm_silu_rows_apply_kernel, (batch * groups * finer.chunks,), apply, 8),
     ), cut.chunks
 
 
-def _spans_plan(batch, channels, spatial, groups, itemsize, silu):
+def _spans_launches(batch, channels, spatial, groups, itemsize, silu):
     cut = cut_spans(batch, channels, spatial, groups, itemsize)
     sizes = {"spatial": spatial, "channels": channels, "groups": groups, "GROUP_CHANNELS": channels // groups}
     span = {"columns": cut.columns, "SPAN_GROUPS": cut.groups, "BLOCK_C": cut.width}
@@ -449,15 +446,15 @@ def _spans_plan(batch, channels, spatial, groups, itemsize, silu):
     if cut.splits == 1 and fits(held, batch * cut.columns, SPANS):
         block = {"BLOCK_R": triton.next_power_of_2(spatial), "SILU": silu}
         return (
-            Launch(_group_norm_silu_spans_fused_fwd_kernel, batch * cut.columns, sizes | span | block, warps_for(held)),
+            Launch(
+                _group_norm_silu_spans_fused_fwd_kernel, (batch * cut.columns,), sizes | span | block, warps_for(held)
+            ),
         ), 0
-    plane = {"plane": batch * groups * cut.partials}
+    sizes["plane"] = batch * groups * cut.partials
     stats = {"SPLITS": cut.splits, "chunk_rows": cut.chunk, "chunks": cut.chunks, "BLOCK_R": cut.block}
     apply = elementwise_columns(batch, channels, spatial, groups)
     apply |= {"partials": cut.partials, "BLOCK_P": triton.next_power_of_2(cut.partials), "SILU": silu}
     return (
-        Launch(_group_norm_silu_spans_stats_kernel, batch * cut.columns * cut.chunks, sizes | plane | span | stats, 8),
-        Launch(
-            _group_norm_silu_spans_apply_kernel, batch * apply["columns"] * apply["chunks"], sizes | plane | apply, 8
-        ),
+        Launch(_group_norm_silu_spans_stats_kernel, (batch * cut.columns * cut.chunks,), sizes | span | stats, 8),
+        Launch(_group_norm_silu_spans_apply_kernel, (batch * apply["columns"] * apply["chunks"],), sizes | apply, 8),
     ), cut.partials

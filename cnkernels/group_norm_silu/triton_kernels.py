@@ -1,15 +1,23 @@
-"""Group norm with addend and SiLU in Triton: the launchers, and the launches that are compiled ahead of time."""
+"""group_norm_silu in Triton: what each call allocates and launches, and what is compiled ahead of time."""
 
+from collections.abc import Callable
 from itertools import product
 
 import torch
 from torch import Tensor
 
 from cnkernels import layout
-from cnkernels.group_norm_silu.triton_backward import backward_plan
-from cnkernels.group_norm_silu.triton_forward import forward_plan
+from cnkernels.aot_case import AotCase
+from cnkernels.group_norm_silu.triton_backward import backward_launches
+from cnkernels.group_norm_silu.triton_forward import forward_launches
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+_FORWARD = ("x_ptr", "weight_ptr", "bias_ptr", "addend_ptr", "partial_ptr", "y_ptr", "mean_ptr", "rstd_ptr", "eps")
+_BACKWARD = (
+    "dy_ptr", "x_ptr", "weight_ptr", "bias_ptr", "addend_ptr", "mean_ptr", "rstd_ptr", "dx_ptr",
+    "group_sums_ptr", "channel_sums_ptr", "dweight_ptr", "dbias_ptr", "daddend_ptr",
+)  # fmt: skip
 
 
 def group_norm_silu_fwd(
@@ -21,29 +29,32 @@ def group_norm_silu_fwd(
     activation: str | None,
     addend: Tensor | None,  # [N, C]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = (x, groups, weight, bias, eps, activation, addend)
+    return group_norm_silu_fwd_plan(*arguments)(*arguments)
+
+
+def group_norm_silu_fwd_plan(x, groups, weight, bias, eps, activation, addend) -> Callable:
+    """What runs group_norm_silu_fwd for tensors like these: one launch, or two and a workspace between them."""
     batch, channels = x.shape[:2]
     spatial = x.numel() // (batch * channels)
-    channels_last = layout.is_channels_last(x)
-    launches, partials = forward_plan(
-        batch, channels, spatial, groups, x.element_size(), channels_last, activation == "silu"
+    launches, partials = forward_launches(
+        batch, channels, spatial, groups, x.element_size(), layout.is_channels_last(x), activation == "silu"
     )
-    mean = torch.empty((batch, groups), dtype=torch.float32, device=x.device)
-    tensors = {
-        "x_ptr": x,
-        "weight_ptr": weight,
-        "bias_ptr": bias,
-        "addend_ptr": addend,
-        "y_ptr": torch.empty_like(x),
-        "mean_ptr": mean,
-        "rstd_ptr": torch.empty_like(mean),
-        "eps": eps,
-    }
-    if partials:
-        tensors["partial_ptr"] = torch.empty((3, batch * groups, partials), dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        for launch in launches:
-            launch(tensors)
-    return tensors["y_ptr"], mean, tensors["rstd_ptr"]
+    device, statistics, workspace = x.device, (batch, groups), (3, batch * groups, partials)
+    first, *second = (launch.bind(device, _FORWARD) for launch in launches)
+
+    def run(x, groups, weight, bias, eps, activation, addend):
+        y = torch.empty_like(x)
+        mean = torch.empty(statistics, dtype=torch.float32, device=device)
+        rstd = torch.empty_like(mean)
+        partial = torch.empty(workspace, dtype=torch.float32, device=device) if second else None
+        operands = (x, weight, bias, addend, partial, y, mean, rstd, eps)
+        first(operands)
+        for launch in second:
+            launch(operands)
+        return y, mean, rstd
+
+    return run
 
 
 def group_norm_silu_bwd(
@@ -58,36 +69,41 @@ def group_norm_silu_bwd(
     addend: Tensor | None,  # [N, C]
     need: tuple[bool, bool, bool, bool],
 ) -> Gradients:
+    arguments = (dy, x, groups, weight, bias, mean, rstd, activation, addend, need)
+    return group_norm_silu_bwd_plan(*arguments)(*arguments)
+
+
+def group_norm_silu_bwd_plan(dy, x, groups, weight, bias, mean, rstd, activation, addend, need) -> Callable:
+    """What runs group_norm_silu_bwd for tensors like these."""
     batch, channels = x.shape[:2]
     spatial = x.numel() // (batch * channels)
-    sums, dx, parameters, (partials, parts) = backward_plan(
+    sums, dx, parameters, (partials, parts) = backward_launches(
         batch, channels, spatial, groups, x.element_size(), layout.is_channels_last(x), activation == "silu"
     )
     need_dx, need_dweight, need_dbias, need_daddend = need
     need_parameters = need_dweight or need_dbias or need_daddend
+    wanted = (sums, dx if need_dx else None, parameters if need_parameters else None)
+    launches = [launch.bind(x.device, _BACKWARD) for launch in wanted if launch is not None]
     scratch = {"dtype": torch.float32, "device": x.device}
-    tensors = {
-        "dy_ptr": layout.match(dy, x),
-        "x_ptr": x,
-        "weight_ptr": weight,
-        "bias_ptr": bias,
-        "addend_ptr": addend,
-        "mean_ptr": mean,
-        "rstd_ptr": rstd,
-        "dx_ptr": torch.empty_like(x) if need_dx else None,
-        "group_sums_ptr": torch.empty((2, batch * groups, partials), **scratch),
-        "channel_sums_ptr": torch.empty((3, batch * channels * parts), **scratch) if need_parameters else None,
-        "dweight_ptr": torch.empty_like(weight) if need_dweight else None,
-        "dbias_ptr": torch.empty_like(bias) if need_dbias else None,
-        "daddend_ptr": torch.empty_like(addend) if need_daddend else None,
-    }
-    with torch.cuda.device_of(x):
-        sums(tensors)
-        if need_dx and dx is not None:
-            dx(tensors)
-        if need_parameters:
-            parameters(tensors)
-    return tensors["dx_ptr"], tensors["dweight_ptr"], tensors["dbias_ptr"], tensors["daddend_ptr"]
+    matches = layout.match(dy, x) is dy
+    group_sums, channel_sums = (2, batch * groups, partials), (3, batch * channels * parts)
+
+    def run(dy, x, groups, weight, bias, mean, rstd, activation, addend, need):
+        dx = torch.empty_like(x) if need_dx else None
+        dweight = torch.empty_like(weight) if need_dweight else None
+        dbias = torch.empty_like(bias) if need_dbias else None
+        daddend = torch.empty_like(addend) if need_daddend else None
+        operands = (
+            dy if matches else layout.match(dy, x), x, weight, bias, addend, mean, rstd, dx,
+            torch.empty(group_sums, **scratch),
+            torch.empty(channel_sums, **scratch) if need_parameters else None,
+            dweight, dbias, daddend,
+        )  # fmt: skip
+        for launch in launches:
+            launch(operands)
+        return dx, dweight, dbias, daddend
+
+    return run
 
 
 SD15_SHAPES = (  # channels, height = width: every group norm of the U-Net, the ControlNet and the VAE at 512 x 512
@@ -112,7 +128,7 @@ SD15_SHAPES = (  # channels, height = width: every group norm of the U-Net, the 
 )
 
 
-def aot_cases() -> list:
+def aot_cases() -> list[AotCase]:
     """The launches of Stable Diffusion 1.5 in both memory formats, forward and backward, with every option in use."""
     cases = []
     for (channels, size), memory_format in product(SD15_SHAPES, ("NCHW", "NHWC")):
@@ -129,12 +145,10 @@ def aot_cases() -> list:
     return cases
 
 
-def _cases_of(batch: int, channels: int, size: int, memory_format: str, dtype: torch.dtype) -> list:
-    from cnkernels.aot_case import case_of
-
+def _cases_of(batch: int, channels: int, size: int, memory_format: str, dtype: torch.dtype) -> list[AotCase]:
     shape = (batch, channels, size * size, 32, dtype.itemsize, memory_format == "NHWC", True)
-    forward, _ = forward_plan(*shape)
-    launches = [launch for launch in (*forward, *backward_plan(*shape)[:3]) if launch is not None]
+    forward, _ = forward_launches(*shape)
+    launches = [launch for launch in (*forward, *backward_launches(*shape)[:3]) if launch is not None]
     given = ("x", "y", "dy", "dx", "weight", "bias", "addend", "dweight", "dbias", "daddend")
     tensors = {f"{name}_ptr": dtype for name in given}
     for name in ("mean", "rstd", "partial", "group_sums", "channel_sums"):
@@ -143,7 +157,5 @@ def _cases_of(batch: int, channels: int, size: int, memory_format: str, dtype: t
     for launch in launches:
         kernel = launch.kernel.__name__.removeprefix("_group_norm_silu_").removesuffix("_kernel")
         name = f"{kernel} {batch}x{channels}x{size}x{size} {memory_format} {str(dtype).removeprefix('torch.')}"
-        arguments = tensors | launch.sizes | {"eps": 1e-5}
-        options = {"num_warps": launch.num_warps, "maxnreg": launch.maxnreg}
-        cases.append(case_of(name, launch.kernel, arguments, **options))
+        cases.append(launch.case(name, tensors | {"eps": 1e-5}))
     return cases

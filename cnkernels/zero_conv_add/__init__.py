@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cnkernels import register
-from cnkernels.errors import expect
+from cnkernels import plans, register
+from cnkernels.register import expect
 from cnkernels.zero_conv_add import group, registration
 
 
@@ -48,10 +48,18 @@ def zero_conv_add(
     """
     x, weight, bias, residual = register.autocast(x, weight, bias, residual)
     scale, factor = _tensor_or_factor(scale, x)
+    given = (x, weight, bias, residual, scale)
+    straight = type(factor) is float and plans.straight(*given, out)
     if out is None:
-        return torch.ops.cnkernels.zero_conv_add(x, weight, bias, residual, scale, factor)
-    registration.expect_no_gradient("zero_conv_add", "out", x, weight, bias, residual, scale)
-    torch.ops.cnkernels.zero_conv_add_out(x, weight, bias, residual, scale, factor, out)
+        if not straight:
+            return torch.ops.cnkernels.zero_conv_add(*given, factor)
+        recorded = plans.recorded(*given)
+        return registration.Eager.apply(*given, factor) if recorded else registration.forward(*given, factor)
+    registration.expect_no_gradient("zero_conv_add", "out", *given)
+    if straight:
+        registration.forward_out(*given, factor, out)
+    else:
+        torch.ops.cnkernels.zero_conv_add_out(*given, factor, out)
     return out
 
 
@@ -94,10 +102,23 @@ def zero_conv_add_group(
     biases, residuals = ([None] * count if column is None else column for column in (biases, residuals))
     layers = [register.autocast(*layer) for layer in zip(xs, weights, biases, residuals, strict=True)]
     tensors, factors = zip(*map(_tensor_or_factor, scales, xs), strict=True)
-    lists, given = group.pack([*zip(*layers, strict=True), tensors])
+    rows = [(*layer, tensor, factor) for layer, tensor, factor in zip(layers, tensors, factors, strict=True)]
+    flat = [t for row in rows for t in row[:5]]
+    straight = all(type(factor) is float for factor in factors) and plans.straight(*flat, *(outs or ()))
+    if outs is not None:
+        registration.expect_no_gradient("zero_conv_add_group", "outs", *flat)
+    if not straight:
+        return _through_dispatcher(rows, factors, outs)
+    if outs is not None:
+        group.forward_out(rows, outs)
+        return list(outs)
+    return list(group.Eager.apply(rows, *flat)) if plans.recorded(*flat) else group.forward(rows)
+
+
+def _through_dispatcher(rows: list[tuple], factors: Sequence[float], outs: Sequence[Tensor] | None) -> list[Tensor]:
+    lists, given = group.pack([*zip(*(row[:5] for row in rows), strict=True)])
     if outs is None:
         return torch.ops.cnkernels.zero_conv_add_group(*lists, given, factors)
-    registration.expect_no_gradient("zero_conv_add_group", "outs", *(t for tensors in lists for t in tensors))
     torch.ops.cnkernels.zero_conv_add_group_out(*lists, given, factors, outs)
     return list(outs)
 
@@ -109,4 +130,4 @@ def _tensor_or_factor(scale: float | Tensor, x: Tensor) -> tuple[Tensor | None, 
     if torch.compiler.is_compiling():
         # A Python float that reaches an op is burnt into the graph; one that multiplies a tensor stays symbolic.
         return torch.ones((), device=x.device) * scale, 1.0
-    return None, scale
+    return None, float(scale) if type(scale) is int else scale

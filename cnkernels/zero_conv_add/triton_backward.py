@@ -1,6 +1,5 @@
 """Gradients of a 1x1 convolution in Triton. Those of weight and bias are sums over pixels, split and added in order."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -8,16 +7,16 @@ from torch import Tensor
 from cnkernels.launch import Launch
 from cnkernels.zero_conv_add.triton_common import (
     Scale,
+    evenly_strided,
     index_type,
     pixel_strides,
     pixels,
     product,
-    scale_arguments,
+    scale_stride,
     tile_config,
 )
 
 _MANY_PROGRAMS = 384  # a few for each multiprocessor
-_SUM = {"BLOCK_S": 8, "BLOCK": 256, "num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
@@ -163,54 +162,64 @@ def _sum_splits_kernel(
     tl.store(out_ptr + index, tl.sum(acc, axis=0), mask=mask)
 
 
-def dscale_launch(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Launch, Tensor]:
-    """And what it fills: [tiles, N, hw] whose sum over tiles and pixels is the gradient of a sample's scale."""
+def dscale_launch(dout: Tensor, x: Tensor) -> tuple[Launch, tuple[int, int, int]]:
+    """And the shape of what it fills, [tiles, N, hw], whose sum over tiles and pixels is a sample's gradient."""
     samples, channels, height, width = dout.shape
-    rows, depth = samples * height * width, x.shape[1]
+    rows = samples * height * width
     config = tile_config(rows, channels, x.dtype)
-    tiles = triton.cdiv(channels, config["BLOCK_N"])
-    dots = torch.empty((tiles, samples, height * width), dtype=torch.float32, device=x.device)
-    sizes, strides = (rows, height * width, channels, depth), (*pixel_strides(x), *pixel_strides(dout))
-    grid = (triton.cdiv(rows, config["BLOCK_M"]) * tiles,)
-    arguments = (x, weight, bias, dout, dots, *sizes, *strides)
-    return Launch(_zero_conv_add_dscale_kernel, grid, arguments, {"INDEX": index_type(rows), **config}), dots
+    tiles = triton.cdiv(channels, config.columns)
+    sizes = {
+        "rows": rows,
+        "hw": height * width,
+        "channels": channels,
+        "depth": x.shape[1],
+        **pixel_strides(x, "stride_xn", "stride_xp", "stride_xk"),
+        **pixel_strides(dout, "stride_dn", "stride_dp", "stride_dc"),
+        "INDEX": index_type(rows),
+    }
+    grid = (triton.cdiv(rows, config.rows) * tiles,)
+    launch = config.launch(_zero_conv_add_dscale_kernel, grid, sizes, ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    return launch, (tiles, samples, height * width)
 
 
-def dweight_launch(
-    dout: Tensor, x: Tensor, weight: Tensor, scale: Scale, need_weight: bool, need_bias: bool
-) -> tuple[Launch, Tensor | None, Tensor | None]:
-    """And the partial sums that it fills: [splits, Cout, Cin, 1, 1] and [splits, Cout], None where not needed.
+def dweight_launch(dout: Tensor, x: Tensor, scale: Scale, need_weight: bool) -> tuple[Launch, int]:
+    """And in how many splits of the pixels, [splits, Cout, Cin] and [splits, Cout], it sums.
 
     One split writes the gradients themselves; several write float32, for `sum_launch` to add in order.
     """
-    channels, depth = weight.shape[:2]
+    channels, depth = dout.shape[1], x.shape[1]
     samples, pixels = x.shape[0], x.shape[2] * x.shape[3]
-    scale_tensor, factor, stride_scale = scale_arguments(scale)
     per_sample = isinstance(scale, Tensor) and scale.dim() > 0
     max_splits = _max_splits(samples * pixels, channels + depth)
     config = tile_config(channels, depth, x.dtype, max_splits)
-    blocks = {"BLOCK_O": config["BLOCK_M"], "BLOCK_C": config["BLOCK_N"], "BLOCK_P": config["BLOCK_K"]}
-    tiles = triton.cdiv(channels, blocks["BLOCK_O"]) * (triton.cdiv(depth, blocks["BLOCK_C"]) if need_weight else 1)
-    if not per_sample and all(pixel_strides(t)[0] == pixels * pixel_strides(t)[1] for t in (dout, x)):
+    tiles = triton.cdiv(channels, config.rows) * (triton.cdiv(depth, config.columns) if need_weight else 1)
+    strides = (evenly_strided(t) for t in (dout, x))
+    if not per_sample and all(sample == pixels * pixel for sample, pixel, _ in strides):
         samples, pixels = 1, samples * pixels  # as one long image: no step is cut short by the end of a sample
-    sample_steps = triton.cdiv(pixels, blocks["BLOCK_P"])
+    sample_steps = triton.cdiv(pixels, config.depth)
     steps = samples * sample_steps
     split_steps = triton.cdiv(steps, min(triton.cdiv(_MANY_PROGRAMS, tiles), max_splits))
     splits = triton.cdiv(steps, split_steps)
-    partial = {"dtype": weight.dtype if splits == 1 else torch.float32, "device": x.device}
-    dweight = torch.empty((splits, channels, depth, 1, 1), **partial) if need_weight else None
-    dbias = torch.empty((splits, channels), **partial) if need_bias else None
-    sizes = (samples, pixels, channels, depth, sample_steps, split_steps)
-    strides = (*pixel_strides(dout), *pixel_strides(x), stride_scale)
-    arguments = (dout, x, scale_tensor, dweight, dbias, factor, *sizes, *strides)
-    config = {"PER_SAMPLE": per_sample, **blocks, **{key: config[key] for key in ("num_warps", "num_stages")}}
-    return Launch(_zero_conv_add_dweight_kernel, (tiles, splits), arguments, config), dweight, dbias
+    sizes = {
+        "samples": samples,
+        "hw": pixels,
+        "channels": channels,
+        "depth": depth,
+        "sample_steps": sample_steps,
+        "split_steps": split_steps,
+        **pixel_strides(dout, "stride_dn", "stride_dp", "stride_dc"),
+        **pixel_strides(x, "stride_xn", "stride_xp", "stride_xk"),
+        "stride_scale": scale_stride(scale),
+        "PER_SAMPLE": per_sample,
+    }
+    launch = config.launch(_zero_conv_add_dweight_kernel, (tiles, splits), sizes, ("BLOCK_O", "BLOCK_C", "BLOCK_P"))
+    return launch, splits
 
 
-def sum_launch(partial: Tensor, out: Tensor) -> Launch:
-    """out = partial.sum(0), in order."""
-    grid = (triton.cdiv(out.numel(), _SUM["BLOCK"]),)
-    return Launch(_sum_splits_kernel, grid, (partial, out, partial.shape[0], out.numel()), _SUM)
+def sum_launch(splits: int, elements: int) -> Launch:
+    """Adds the splits of so many elements, in order."""
+    sizes = {"splits": splits, "numel": elements, "BLOCK_S": 8, "BLOCK": 256}
+    return Launch(_sum_splits_kernel, (triton.cdiv(elements, 256),), sizes, num_warps=4, num_stages=1)
 
 
 def _max_splits(pixels: int, channels: int) -> int:

@@ -5,10 +5,15 @@ is read through its strides of (n, p, c), so that contiguous and channels_last t
 ones, are all read and written where they are.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from cnkernels.launch import Launch
 
 Scale = float | Tensor
 
@@ -63,20 +68,44 @@ def index_type(rows: int) -> tl.dtype:
     return tl.int32 if rows < 2**31 - 2**7 else tl.int64
 
 
-def scale_arguments(scale: Scale) -> tuple[Tensor | None, float, int]:
-    """The kernels' (scale_ptr, scale, stride_scale)."""
-    if isinstance(scale, Tensor):
-        return scale, 1.0, scale.stride(0) if scale.dim() else 0
-    return None, scale, 0
+def scale_stride(scale: Scale) -> int:
+    """From the scale of a sample to that of the next."""
+    return scale.stride(0) if isinstance(scale, Tensor) and scale.dim() else 0
 
 
-def pixel_strides(t: Tensor) -> tuple[int, int, int]:
+def scale_operands(scale: Scale) -> tuple[Tensor | None, float]:
+    """The kernels' (scale_ptr, scale)."""
+    return (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+
+
+def evenly_strided(t: Tensor) -> tuple[int, int, int]:
     """Strides of (n, p, c) of a tensor [N, C, H, W] with evenly strided pixels p = h * W + w."""
     return t.stride(0), t.stride(2) if t.shape[3] == 1 else t.stride(3), t.stride(1)
 
 
-def tile_config(rows: int, columns: int, dtype: torch.dtype, max_splits: int = 1) -> dict[str, int]:
-    """Tile and launch of a product of that many rows and columns, whose sum may be split in `max_splits`."""
+def pixel_strides(t: Tensor | None, *names: str) -> dict[str, int]:
+    """The strides of (n, p, c) by a kernel's names; 0 of an absent tensor."""
+    return dict(zip(names, (0, 0, 0) if t is None else evenly_strided(t), strict=True))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Of a product, and how it is launched."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+    def launch(self, kernel: object, grid: tuple[int, ...], sizes: dict[str, object], names: Sequence[str]) -> Launch:
+        """`names` are the kernel's constants for rows, columns and depth."""
+        blocks = dict(zip(names, (self.rows, self.columns, self.depth), strict=True))
+        return Launch(kernel, grid, sizes | blocks, self.num_warps, self.num_stages)
+
+
+def tile_config(rows: int, columns: int, dtype: torch.dtype, max_splits: int = 1) -> Tile:
+    """For a product of that many rows and columns, whose sum may be split in `max_splits`."""
     tiles = _TILES_FLOAT32 if dtype == torch.float32 else _TILES
     enough = (
         tile
@@ -85,5 +114,4 @@ def tile_config(rows: int, columns: int, dtype: torch.dtype, max_splits: int = 1
     )
     block_m, block_n, block_k, num_warps = next(enough, tiles[-1])
     stages = _SHARED_MEMORY // ((block_m + block_n) * block_k * dtype.itemsize)
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
-    return {**blocks, "num_warps": num_warps, "num_stages": min(4, stages)}
+    return Tile(block_m, block_n, block_k, num_warps, min(4, stages))

@@ -11,7 +11,7 @@ from cnkernels.zero_conv_add.triton_common import (
     pixel_strides,
     pixels,
     product,
-    scale_arguments,
+    scale_stride,
     tile_config,
 )
 
@@ -81,22 +81,23 @@ def _zero_conv_add_kernel(
     tl.store(out_ptr + offset, acc, mask=mask)
 
 
-def product_launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, scale: Scale, out: Tensor
-) -> Launch:
+def product_launch(x: Tensor, weight: Tensor, residual: Tensor | None, scale: Scale, out: Tensor) -> Launch:
     """out = residual + scale * (x * weight^T + bias), for a `weight` of any strides."""
     samples, channels, height, width = out.shape
-    rows, depth = samples * height * width, x.shape[1]
+    rows = samples * height * width
     config = tile_config(rows, channels, x.dtype)
-    grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(channels, config["BLOCK_N"]),)
-    scale_tensor, factor, stride_scale = scale_arguments(scale)
-    sizes = (rows, height * width, channels, depth)
-    strides = (
-        *pixel_strides(x),
-        *weight.stride()[:2],
-        *(pixel_strides(residual) if residual is not None else (0, 0, 0)),
-        *pixel_strides(out),
-        stride_scale,
-    )
-    arguments = (x, weight, bias, residual, scale_tensor, out, factor, *sizes, *strides)
-    return Launch(_zero_conv_add_kernel, grid, arguments, {"INDEX": index_type(rows), **config})
+    sizes = {
+        "rows": rows,
+        "hw": height * width,
+        "channels": channels,
+        "depth": x.shape[1],
+        **pixel_strides(x, "stride_xn", "stride_xp", "stride_xk"),
+        "stride_wn": weight.stride(0),
+        "stride_wk": weight.stride(1),
+        **pixel_strides(residual, "stride_rn", "stride_rp", "stride_rc"),
+        **pixel_strides(out, "stride_on", "stride_op", "stride_oc"),
+        "stride_scale": scale_stride(scale),
+        "INDEX": index_type(rows),
+    }
+    grid = (triton.cdiv(rows, config.rows) * triton.cdiv(channels, config.columns),)
+    return config.launch(_zero_conv_add_kernel, grid, sizes, ("BLOCK_M", "BLOCK_N", "BLOCK_K"))

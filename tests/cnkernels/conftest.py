@@ -5,12 +5,20 @@ import os
 import pytest
 import torch
 
-from cnkernels import extension
+from cnkernels import extension, plans
 from cnkernels.check import emulation
 from tests.cnkernels import host_build
 
 if not torch.cuda.is_available() and host_build.COMPILER is not None:
     extension.load_host(host_build.build())
+
+
+@pytest.fixture(autouse=True)
+def no_plans():
+    """Each test plans anew, with the kernels and rules that it may have put in place."""
+    plans.forget()
+    yield
+    plans.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -81,13 +81,13 @@ def inputs(shape):
 
 
 def kernels(shape, groups, dtype, layout):
-    from cnkernels.group_norm_silu.triton_backward import backward_plan
-    from cnkernels.group_norm_silu.triton_forward import forward_plan
+    from cnkernels.group_norm_silu.triton_backward import backward_launches
+    from cnkernels.group_norm_silu.triton_forward import forward_launches
 
     batch, channels, height, width = shape
     arguments = (batch, channels, height * width, groups, dtype.itemsize, layout == "channels_last", True)
-    forward, _ = forward_plan(*arguments)
-    sums, dx, *_ = backward_plan(*arguments)
+    forward, _ = forward_launches(*arguments)
+    sums, dx, *_ = backward_launches(*arguments)
     launches = [*forward, sums, *([] if dx is None else [dx])]
     names = [launch.kernel.fn.__name__ for launch in launches]
     return " ".join(name.removeprefix("_group_norm_silu_").removesuffix("_kernel") for name in names), launches
@@ -111,16 +111,9 @@ def test_every_cut_equals_pytorch_and_stays_inside(shape, groups, dtype, layout,
 @pytest.fixture
 def few_programs(monkeypatch):
     """Cuts as on a GPU with a single multiprocessor: several tiles to a chunk, as only large tensors have otherwise."""
-    from cnkernels.group_norm_silu import triton_backward, triton_common, triton_forward
+    from cnkernels.group_norm_silu import triton_common
 
-    plans = triton_forward.forward_plan, triton_backward.backward_plan
-    with monkeypatch.context() as patch:
-        patch.setattr(triton_common, "PROGRAMS", 4)
-        for plan in plans:
-            plan.cache_clear()
-        yield
-    for plan in plans:
-        plan.cache_clear()
+    monkeypatch.setattr(triton_common, "PROGRAMS", 4)
 
 
 @pytest.mark.parametrize(
@@ -153,27 +146,25 @@ def stores(monkeypatch):
     """Checks the stores of every launch. The interpreter runs programs one by one, so that where two write one element
     the last one wins each time; on a GPU either may, and a wrong value that is overwritten here is a race there.
     """
-    from cnkernels.group_norm_silu import triton_common
-
     if not triton.knobs.runtime.interpret:
         pytest.skip("stores are seen in Triton's interpreter alone")
     builder = interpreter.InterpreterBuilder
-    store, run = builder.create_masked_store, triton_common.Launch.__call__
+    store, run = builder.create_masked_store, Launch.__call__
     addresses, launched = [], []
 
     def recorded(self, pointers, value, mask, *rest):
         addresses.append(pointers.data[mask.data])
         return store(self, pointers, value, mask, *rest)
 
-    def checked(launch, tensors):
+    def checked(launch, *operands):
         addresses.clear()
-        run(launch, tensors)
+        run(launch, *operands)
         written = np.concatenate(addresses)
         assert np.unique(written).size == written.size, f"{launch.kernel.fn.__name__} writes an element twice"
         launched.append(launch)
 
     monkeypatch.setattr(builder, "create_masked_store", recorded)
-    monkeypatch.setattr(triton_common.Launch, "__call__", checked)
+    monkeypatch.setattr(Launch, "__call__", checked)
     return launched
 
 

@@ -4,7 +4,7 @@ import importlib
 from typing import Any
 
 _EXPORTS = {
-    "CheckpointError": "controlnet.checkpoints.archive",
+    "CheckpointError": "controlnet.checkpoints.errors",
     "ControlNet": "controlnet.model.controlnet",
     "UNet": "controlnet.model.unet",
     "accelerate": "controlnet.diffusers",

@@ -8,8 +8,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from controlnet.checkpoints.archive import CheckpointError
 from controlnet.checkpoints.convert import Conversion, convert
+from controlnet.checkpoints.errors import CheckpointError
 from controlnet.checkpoints.write import FORMATS
 
 

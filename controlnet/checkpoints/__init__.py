@@ -1,6 +1,19 @@
 """Checkpoint files of the original repository, NeMo and diffusers, read into this package's models."""
 
-from controlnet.checkpoints.files import CheckpointError, read
+from controlnet.checkpoints.errors import CheckpointError
+from controlnet.checkpoints.files import read
 from controlnet.checkpoints.load import Report, fill, load_control, load_unet, part_tensors, parts
+from controlnet.checkpoints.sources import Source, resolve
 
-__all__ = ["CheckpointError", "Report", "fill", "load_control", "load_unet", "part_tensors", "parts", "read"]
+__all__ = [
+    "CheckpointError",
+    "Report",
+    "Source",
+    "fill",
+    "load_control",
+    "load_unet",
+    "part_tensors",
+    "parts",
+    "read",
+    "resolve",
+]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from controlnet.checkpoints import folders, layouts, shapes, vae
-from controlnet.checkpoints.files import CheckpointError, read
+from controlnet.checkpoints.errors import CheckpointError
+from controlnet.checkpoints.files import read
 from controlnet.checkpoints.load import compare, listing
 from controlnet.config import nearest
 from controlnet.model.architecture import Architecture

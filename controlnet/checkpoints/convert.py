@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from controlnet.checkpoints.bundle import Bundle, open_bundle
-from controlnet.checkpoints.files import CheckpointError
+from controlnet.checkpoints.errors import CheckpointError
 from controlnet.checkpoints.layouts import PREFIXES, grouped
 from controlnet.checkpoints.load import CONTROL_ONLY, Report
 from controlnet.checkpoints.write import write

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from controlnet.checkpoints.files import CheckpointError
+from controlnet.checkpoints.errors import CheckpointError
 from controlnet.model.architecture import Architecture, ControlNetArchitecture
 
 _RES = {

@@ -1,108 +1,95 @@
-"""Reads the tensors of a checkpoint file; nothing in a file is ever executed."""
+"""Reads the tensors of checkpoint files; nothing in a file is ever executed."""
 
 import json
-import pickle
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from controlnet.checkpoints import archive
-from controlnet.checkpoints.archive import CheckpointError
+from controlnet.checkpoints.errors import CheckpointError
+from controlnet.checkpoints.pickles import read_pickle
+from controlnet.checkpoints.sources import PICKLES, SUFFIXES, resolve
 
-PICKLES = (".ckpt", ".pth", ".pt", ".bin")
-SUFFIXES = (".safetensors", *PICKLES, ".nemo")
-FOLDER_FILES = (
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.fp16.safetensors",
-    "diffusion_pytorch_model.bin",
-    "model.safetensors",
-    "pytorch_model.bin",
-)
+__all__ = ["PICKLES", "SUFFIXES", "CheckpointError", "read", "read_files"]
 
-# Names that real checkpoints carry beside their tensors (Lightning's callbacks as dictionary keys, best scores as numpy
-# numbers, NeMo's configuration).
-# Each is replaced by an empty class of ours: the package that the name belongs to is neither imported nor run.
-INERT_NAMES = (
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
-    "pytorch_lightning.utilities.parsing.AttributeDict",
-    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
-    "lightning.pytorch.utilities.parsing.AttributeDict",
-    "lightning_fabric.utilities.data.AttributeDict",
-    "nemo.utils.callbacks.nemo_model_checkpoint.NeMoModelCheckpoint",
-    "omegaconf.dictconfig.DictConfig",
-    "omegaconf.listconfig.ListConfig",
-    "omegaconf.base.ContainerMetadata",
-    "omegaconf.base.Metadata",
-    "omegaconf.nodes.AnyNode",
-    "omegaconf.nodes.StringNode",
-    "omegaconf.nodes.IntegerNode",
-    "omegaconf.nodes.FloatNode",
-    "omegaconf.nodes.BooleanNode",
-    "typing.Any",
-    "builtins.bool",
-    "builtins.dict",
-    "builtins.float",
-    "builtins.int",
-    "builtins.list",
-    "builtins.str",
-    "collections.defaultdict",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.dtype",
-    "_codecs.encode",
-    "pathlib.PosixPath",
-)
-
-
-class _Inert(dict):
-    """Stands for an object that the file describes and nobody here needs."""
-
-    def __init__(self, *_: Any, **__: Any):
-        super().__init__()
-
-    def __setstate__(self, _: Any) -> None:
-        pass
+_LFS = b"version https://git-lfs"
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on the CPU, memory-mapped where the format allows it.
 
-    Arguments:
-        path: a .safetensors file; a .ckpt, .pth, .pt or .bin pickle, read with `weights_only=True` alone; a .nemo
-            archive of such a pickle; or a diffusers model folder. A `state_dict` entry is descended into, what is not a
-            tensor is left out.
-    Raises FileNotFoundError; CheckpointError for a damaged or foreign file, one without tensors, and a pickle that
-        names anything but tensors and plain containers.
+    Args:
+        path: what `sources.resolve` takes, but for a pipeline of several models. A pickle is read with
+            `weights_only=True` alone; its `state_dict` entry is descended into, what is not a tensor is left out.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        CheckpointError: a damaged or foreign file, one without tensors, and a pickle that names anything but tensors
+            and plain data.
     """
-    path = _file_of(Path(path))
+    source = resolve(path)
+    if source.kind == "pipeline":
+        raise CheckpointError(f"{path} is the folder of a pipeline; expected one of {', '.join(source.files)}")
+    return read_files(source.files[""])
+
+
+def read_files(paths: list[Path]) -> dict[str, Tensor]:
+    """The tensors of all the files; a name in two of them is an error."""
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        found = _read_file(path)
+        twice = tensors.keys() & found.keys()
+        if twice:
+            raise CheckpointError(
+                f"{path} has {min(twice)} once more; expected each tensor in one file of {len(paths)}"
+            )
+        tensors |= found
+    return tensors
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix not in SUFFIXES:
+        raise CheckpointError(f"{path} has the suffix {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
+    _check_content(path)
     if path.suffix == ".safetensors":
         tensors = _read_safetensors(path)
     elif path.suffix in PICKLES:
-        tensors = _read_pickle(path, str(path))
-    elif path.suffix == ".nemo":
-        with archive.weights(path) as pickle_path:
-            tensors = _read_pickle(pickle_path, str(path))
+        tensors = read_pickle(path, str(path))
     else:
-        raise CheckpointError(f"{path} has the suffix {path.suffix!r}; expected one of {', '.join(SUFFIXES)}")
+        with archive.weights(path) as pickle_path:
+            tensors = read_pickle(pickle_path, str(path))
     if not tensors:
         raise CheckpointError(f"{path} holds no tensor")
     return tensors
 
 
-def _file_of(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    for name in FOLDER_FILES:
-        if (path / name).is_file():
-            return path / name
-    raise CheckpointError(f"the folder {path} has none of {', '.join(FOLDER_FILES)}")
+def _check_content(path: Path) -> None:
+    """CheckpointError for what a download often leaves instead of weights, and for a file named as another kind."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if head.startswith(_LFS):
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the weights themselves; fetch them with `git lfs pull`, or download the"
+            " file"
+        )
+    if head.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
+        raise CheckpointError(f"{path} is no checkpoint but damaged by its download: an HTML page")
+    kind = _kind(head, path.stat().st_size)
+    if kind is not None and path.suffix not in kind[1]:
+        raise CheckpointError(f"{path} is {kind[0]} by its content; expected the suffix {' or '.join(kind[1])}")
+
+
+def _kind(head: bytes, size: int) -> tuple[str, tuple[str, ...]] | None:
+    """What a file is by its first bytes, and the suffixes of such files; None where they do not tell."""
+    if head.startswith(b"PK\x03\x04"):
+        return "a PyTorch checkpoint (a pickle)", PICKLES
+    if head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") <= size - 8:
+        return "a safetensors file", (".safetensors",)
+    if head[257:262] == b"ustar":
+        return "a tar archive", (".nemo",)
+    if head.startswith(b"GGUF"):
+        return "a GGUF file, which is not read", SUFFIXES[:1]
+    return None
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -111,46 +98,5 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
     try:
         return load_file(path)
-    except (SafetensorError, ValueError, json.JSONDecodeError) as error:
+    except (SafetensorError, ValueError, json.JSONDecodeError, KeyError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged, or no safetensors file: {error}") from error
-
-
-def _read_pickle(path: Path, origin: str) -> dict[str, Tensor]:
-    inert = [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in INERT_NAMES]
-    try:
-        with torch.serialization.safe_globals(inert):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{origin} is refused: {_refusal(error)}") from error
-    except PermissionError:
-        raise
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        # what torch.load raises for truncated archives and byte streams that only look like a pickle
-        raise CheckpointError(f"{origin} is damaged, or no PyTorch checkpoint: {error}") from error
-    while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{origin} holds a {type(content).__name__}; expected a dictionary of tensors")
-    return {name: value for name, value in _flat(content) if isinstance(value, Tensor)}
-
-
-def _flat(content: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The entries of nested dictionaries ("model" and "optimizer" side by side) under dotted names."""
-    for key, value in content.items():
-        if isinstance(key, str) and isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(key, str):
-            yield f"{prefix}{key}", value
-
-
-def _refusal(error: Exception) -> str:
-    """torch.load's lengthy advice (which is to read the file unsafely) reduced to what the file asked for."""
-    text = str(error)
-    _, found, name = text.partition("GLOBAL ")
-    if found:
-        return (
-            f"it asks to load {name.split()[0]}, which is neither a tensor nor a plain container. Such a pickle can run"
-            " code. Ask its author for a .safetensors file"
-        )
-    reason = text.rpartition("error: ")[2].splitlines()[0]
-    return f"it is no PyTorch checkpoint, or a pickle of more than tensors and plain containers ({reason})"

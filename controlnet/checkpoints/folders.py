@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from controlnet.checkpoints.files import CheckpointError
+from controlnet.checkpoints.errors import CheckpointError
 from controlnet.model.architecture import Architecture, ControlNetArchitecture
 
 CLASSES = {"unet": "UNet2DConditionModel", "control": "ControlNetModel"}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from controlnet.checkpoints import nemo
-from controlnet.checkpoints.files import CheckpointError
+from controlnet.checkpoints.errors import CheckpointError
 
 PREFIXES = {
     "unet": "model.diffusion_model.",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from controlnet.checkpoints import diffusers, layouts, vae
-from controlnet.checkpoints.files import CheckpointError, read
+from controlnet.checkpoints.errors import CheckpointError
+from controlnet.checkpoints.files import read
 from controlnet.config import nearest
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ release 1.23.0, `attn1.norm_to_q.0` and `attn1.norm_to_q.1`. Each name says by i
 
 import re
 
-from controlnet.checkpoints.files import CheckpointError
+from controlnet.checkpoints.errors import CheckpointError
 
 _TO_ORIGINAL = [
     (re.compile(pattern), replacement)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from controlnet.checkpoints import diffusers
-from controlnet.checkpoints.files import CheckpointError
+from controlnet.checkpoints.errors import CheckpointError
 from controlnet.model.architecture import Architecture, ControlNetArchitecture, UNetArchitecture
 
 SD1_HEADS = 8

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from controlnet.checkpoints import archive, folders, nemo, shapes, vae
 from controlnet.checkpoints.bundle import METADATA, MODELS, Bundle, text_to_diffusers
-from controlnet.checkpoints.files import PICKLES, CheckpointError
+from controlnet.checkpoints.errors import CheckpointError
+from controlnet.checkpoints.files import PICKLES
 from controlnet.checkpoints.layouts import PREFIXES
 from controlnet.model.architecture import Architecture
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cnkernels import recompute
 from cnkernels.recompute import Later
 from controlnet.checkpoints import bundle, diffusers, folders, shapes
-from controlnet.checkpoints.files import CheckpointError
+from controlnet.checkpoints.errors import CheckpointError
 from controlnet.diffusers.memo import Memo
 from controlnet.diffusers.watch import Watch
 from controlnet.model.controlnet import ControlNet

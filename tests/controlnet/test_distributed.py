@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from controlnet.checkpoints import runs
 from controlnet.training import checkpoint
 from controlnet.training.randomness import RandomStreams
 from tests.controlnet import tiny_run
@@ -190,4 +191,4 @@ def test_sigterm_to_torchrun_saves_and_ends(tmp_path, environment):
     first, second = results(tmp_path)
     assert first["stopped"] and second["stopped"] and first["step"] == second["step"] > 0
     newest = checkpoint.newest_complete(tmp_path / "checkpoints")
-    assert newest.name == checkpoint.folder_name(first["step"])
+    assert newest.name == runs.folder_name(first["step"])

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -232,7 +233,7 @@ def test_a_crash_during_save_resumes_from_the_one_before(tmp_path):
 def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
     cfg = tiny_run.configuration(tmp_path, "exp_manager.checkpoint_callback_params.every_n_train_steps=1")
     tiny_run.trainer(cfg).fit()
-    checkpoint.shutil.rmtree(tmp_path / "checkpoints" / "step-00000003")
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000003")
     cfg.exp_manager.resume_if_exists = True
     cfg.trainer.max_steps = 4
     tiny_run.trainer(cfg).fit()

@@ -1,7 +1,11 @@
 """A ControlNet for Stable Diffusion built on fused kernels; the names below are imported when they are first used."""
 
 import importlib
+import os
 from typing import Any
+
+# `import controlnet.unet` and other names from before the modules moved into folders.
+__path__ = [*__path__, os.path.join(__path__[0], "moved")]
 
 _EXPORTS = {
     "CheckpointError": "controlnet.checkpoints.errors",

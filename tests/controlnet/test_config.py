@@ -433,3 +433,15 @@ def test_without_omegaconf_the_message_says_what_to_install():
 def test_names_from_before_the_modules_moved_are_aliases(old, new):
     assert config.canonical_target(old) == new
     assert config.import_target(old) is config.import_target(new)
+
+
+def test_modules_are_found_under_the_names_that_they_had():
+    from controlnet.controlnet import ControlNet
+    from controlnet.diffusion import ControlledUNet, NoiseSchedule
+
+    from controlnet import training_state
+
+    assert ControlNet is controlnet.ControlNet
+    assert ControlledUNet.__module__ == "controlnet.model.controlled"
+    assert NoiseSchedule.__module__ == "controlnet.model.diffusion"
+    assert training_state.MANIFEST == "manifest.json"

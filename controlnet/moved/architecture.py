@@ -1,0 +1,3 @@
+"""The former name of `controlnet.model.architecture`."""
+
+from controlnet.model.architecture import *  # noqa: F403

@@ -1,0 +1,3 @@
+"""The former name of `controlnet.inference.images`."""
+
+from controlnet.inference.images import *  # noqa: F403

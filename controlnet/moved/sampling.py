@@ -1,0 +1,3 @@
+"""The former name of `controlnet.inference.sampling`."""
+
+from controlnet.inference.sampling import *  # noqa: F403

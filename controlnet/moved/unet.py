@@ -1,0 +1,3 @@
+"""The former name of `controlnet.model.unet`."""
+
+from controlnet.model.unet import *  # noqa: F403

@@ -69,12 +69,17 @@ def innermost_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
 
 
 def hot_loop(code: Sequence[Instruction]) -> list[Instruction]:
-    """The innermost loop with the most work for the matrix units, else for MUFU, else at all; empty where none is."""
-    for pipe in ("tensor", "mufu", None):
-        loops = [loop for loop in innermost_loops(code) if pipe is None or count(loop)[pipe]]
-        if loops:
-            return max(loops, key=lambda loop: (count(loop)[pipe] if pipe else len(loop), -len(loop)))
-    return []
+    """The innermost loop with the most products, else with the most accesses of global memory, else with the most MUFU.
+
+    Of loops with equally many of all three the shortest: a loop over what remains at the edges takes more instructions
+    for the same work. Empty where there is no loop.
+    """
+
+    def work(loop):
+        pipes, accesses = count(loop), sum(i.opcode.startswith(("LDG", "STG", "UTMALDG")) for i in loop)
+        return pipes["tensor"], accesses, pipes["mufu"], -len(loop)
+
+    return max(innermost_loops(code), key=work, default=[])
 
 
 def count(code: Sequence[Instruction]) -> Counter:

@@ -102,7 +102,7 @@ def _triton_absent(device: torch.device) -> str | None:
 
 
 def _cuda_absent(device: torch.device) -> str | None:
-    return extension.why_absent() if device.type == "cuda" else extension.why_host_absent()
+    return extension.why_absent(device) if device.type == "cuda" else extension.why_host_absent()
 
 
 def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:

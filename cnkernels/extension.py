@@ -36,10 +36,29 @@ def load_host(path: Path) -> None:
     _Host.module = module
 
 
-def why_absent() -> str | None:
-    """Why the extension cannot be used on a GPU; None when it can."""
+def why_absent(device: torch.device | None = None) -> str | None:
+    """Why the extension cannot be used on a GPU, `device` or the current one; None when it can.
+
+    Whether its code runs there is asked of the driver once a GPU, at the first call that could use it.
+    """
     module, reason = _load()
-    return None if module is not None else reason
+    if module is None:
+        return reason
+    index = None if device is None else device.index
+    return _why_unusable(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def _why_unusable(index: int) -> str | None:
+    module, _ = _load()
+    reason = module.why_unusable(module.Place(device=index))
+    if not reason:
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return (
+        f"the CUDA extension, built for {module.architectures}, does not run on GPU {index}, of compute capability "
+        f"{major}.{minor} ({reason}); CNKERNELS_ARCHS={major}{minor} when it is built makes it"
+    )
 
 
 def why_host_absent() -> str | None:
@@ -50,7 +69,11 @@ def why_host_absent() -> str | None:
 def status() -> str:
     """One line for the report of `python -m cnkernels.env`."""
     module, reason = _load()
-    return reason if module is None else f"loaded from {module.__file__}, for {module.architectures}"
+    if module is None:
+        return reason
+    devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    unusable = [reason for reason in map(_why_unusable, devices) if reason]
+    return "; ".join((f"loaded from {module.__file__}, for {module.architectures}", *unusable))
 
 
 def module_for(device: torch.device) -> ModuleType:
@@ -71,9 +94,21 @@ def prepare(*tensors: Tensor | None) -> tuple[ModuleType, object]:
     return library, library.Place()
 
 
+def limits(device: torch.device) -> object:
+    """What the GPU allows, `Limits` of csrc/launchers.h; on a CPU what the GPU does that its execution stands for."""
+    if device.type == "cpu":
+        return _Host.module.limits_of(_Host.module.Place())
+    return _limits(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _limits(index: int) -> object:
+    module, _ = _load()
+    return module.limits_of(module.Place(device=index))
+
+
 def multiprocessors(device: torch.device) -> int:
-    """Of the GPU; a few on a CPU, where tests want several blocks but not many."""
-    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+    return limits(device).multiprocessors
 
 
 def address(tensor: Tensor | None) -> int:

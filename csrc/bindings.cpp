@@ -81,8 +81,14 @@ void bind_group_norm_silu(py::module_& module) {
       .def_readwrite("silu", &GroupNormBackward::silu);
   module.def("group_norm_silu_fwd", &group_norm_silu_fwd);
   module.def("group_norm_silu_bwd", &group_norm_silu_bwd);
-  module.def("group_norm_silu_fwd_shared", &group_norm_silu_fwd_shared);
-  module.def("group_norm_silu_bwd_shared", &group_norm_silu_bwd_shared);
+  bind_struct<GroupNormFit>(module, "GroupNormFit")
+      .def_readonly("shared_bytes", &GroupNormFit::shared_bytes)
+      .def_readonly("clusters", &GroupNormFit::clusters);
+  module.def("group_norm_silu_fwd_fit", &group_norm_silu_fwd_fit);
+  module.def("group_norm_silu_bwd_fit", &group_norm_silu_bwd_fit);
+  module.attr("GROUP_NORM_PORTABLE_THREADS") = kGroupNormPortableThreads;
+  module.attr("GROUP_NORM_FWD_THREADS") = kGroupNormFwdThreads;
+  module.attr("GROUP_NORM_BWD_THREADS") = kGroupNormBwdThreads;
 }
 
 void bind_zero_conv_add(py::module_& module) {
@@ -193,6 +199,7 @@ PYBIND11_MODULE(CNK_MODULE, module) {
   module.def("watch", &watch);
   module.def("execute_as", &execute_as, py::arg("capability"), py::arg("multiprocessors") = 0);
   module.def("launches", &launches);
+  module.attr("architectures") = "80;90a";  // which code of each kernel the CPU executes: that with clusters
 #else
   module.attr("architectures") = CNK_ARCHITECTURES;
 #endif

@@ -67,30 +67,24 @@ struct Notes {
 };
 
 struct Moments {
-  float mean = 0.0f, m2 = 0.0f;
-
-  // `share` is the other's part of the count of both together, `count` this one's.
-  __device__ __forceinline__ void merge(const Moments& other, float count, float share) {
-    const float d = other.mean - mean;
-    mean += d * share;
-    m2 += other.m2 + d * d * count * share;
-  }
+  float mean, m2;
 };
 
-// Moments of up to COUNT numbers, `per_valid` being 1 over how many are valid.
-template <int COUNT, class Value>
+// Moments of COUNT numbers, or of the first `valid` where not WHOLE. Float32 numbers are summed as distances from the
+// first: a sum of few 16-bit numbers loses nothing.
+template <class T, int COUNT, bool WHOLE, class Value>
 __device__ __forceinline__ Moments moments_of(int valid, float per_valid, const Value& value) {
-  const float origin = value(0);
+  const float origin = sizeof(T) == 4 ? value(0) : 0.0f;
   float sum = 0.0f, m2 = 0.0f;
 #pragma unroll
   for (int i = 0; i < COUNT; ++i)
-    if (i < valid) sum += value(i) - origin;
+    if (WHOLE || i < valid) sum += value(i) - origin;
   const float mean = sum * per_valid;
 #pragma unroll
   for (int i = 0; i < COUNT; ++i)
-    if (i < valid) {
+    if (WHOLE || i < valid) {
       const float d = value(i) - origin - mean;
-      m2 += d * d;
+      m2 = fmaf(d, d, m2);
     }
   return {origin + mean, m2};
 }
@@ -118,26 +112,28 @@ template <class S, class T, class Keep>
 __device__ __forceinline__ void walk_moments(const Forward<T>& call, const S& slab, int column, const Keep& keep,
                                              float (&held)[S::CHANNELS][2]) {
   constexpr int kPerVector = S::kVector / S::CHANNELS;  // elements of one channel in a vector
+  constexpr int kBatch = S::kWarpColumns ? 4 : 8;       // vectors in flight, and elements of a channel per merge
   float count = 0.0f;
-  slab.for_each_batch([&](int64_t p, int valid) {
-    typename S::Vector batch[S::kBatch] = {};
+  slab.template for_each_batch<kBatch>(column, [&](auto whole, int64_t at, int valid) {
+    constexpr bool kWhole = decltype(whole)::value;
+    typename S::Vector batch[kBatch] = {};
 #pragma unroll
-    for (int i = 0; i < S::kBatch; ++i)
-      if (i < valid) batch[i] = call.x.template load_vec<S::kVector>(slab.offset(column, p + i * slab.stride()));
+    for (int i = 0; i < kBatch; ++i)
+      if (kWhole || i < valid) batch[i] = call.x.template load_vec<S::kVector>(at + i * slab.step);
 #pragma unroll
-    for (int i = 0; i < S::kBatch; ++i)
-      if (i < valid) keep(batch[i]);
+    for (int i = 0; i < kBatch; ++i)
+      if (kWhole || i < valid) keep(batch[i]);
     const float more = static_cast<float>(valid * kPerVector);
-    const float per_more = divide_approx(1.0f, more), share = divide_approx(more, count + more);
+    const float per_more = reciprocal_approx(more), share = more * reciprocal_approx(count + more);
+    const float shared_count = count * share;
 #pragma unroll
     for (int c = 0; c < S::CHANNELS; ++c) {
-      const Moments moments = moments_of<S::kBatch * kPerVector>(valid * kPerVector, per_more, [&](int i) {
+      const Moments moments = moments_of<T, kBatch * kPerVector, kWhole>(valid * kPerVector, per_more, [&](int i) {
         return to_float(batch[i / kPerVector][S::CHANNELS == 1 ? i % kPerVector : c]);
       });
-      Moments mine{held[c][0], held[c][1]};
-      mine.merge(moments, count, share);
-      held[c][0] = mine.mean;
-      held[c][1] = mine.m2;
+      const float d = moments.mean - held[c][0];
+      held[c][0] = fmaf(d, share, held[c][0]);
+      held[c][1] = fmaf(d * d, shared_count, held[c][1] + moments.m2);
     }
     count += more;
   });
@@ -209,10 +205,11 @@ __device__ __forceinline__ void merge_moments(const Forward<T>& call, const S& s
   });
 }
 
-// y from x, which again(i, offset) gives a second time in walk order.
-template <class S, class T, class Again>
-__device__ __forceinline__ void apply(const Forward<T>& call, const S& slab, const Notes<S>& notes,
-                                      const Again& again) {
+// y from x, which again(offset) gives a second time in walk order.
+template <bool SILU, class S, class T, class Again>
+__device__ __forceinline__ void apply_as(const Forward<T>& call, const S& slab, const Notes<S>& notes,
+                                         const Again& again) {
+  constexpr int kBatch = 4;
   for (int round = 0; round < slab.rounds(); ++round) {
     const int column = slab.first_column + round * slab.column_step;
     if (!slab.works(column)) continue;
@@ -225,26 +222,34 @@ __device__ __forceinline__ void apply(const Forward<T>& call, const S& slab, con
       scale[i] = notes.rstd.load(group) * call.weight.load(channel, 1.0f);
       bias[i] = call.bias.load(channel, 0.0f);
     }
-    typename S::Vector batch[S::kBatch];
-    slab.walk(
+    typename S::Vector batch[kBatch];
+    slab.template walk<kBatch>(
         column, [&](int i, int64_t at) { batch[i] = again(at); },
         [&](int i, int64_t at) {
           typename S::Vector out;
 #pragma unroll
           for (int j = 0; j < S::kVector; ++j) {
             const int c = S::CHANNELS == 1 ? 0 : j;
-            const float z = (to_float(batch[i][j]) + shift[c]) * scale[c] + bias[c];
-            out[j] = from_float<T>(call.silu ? z * sigmoid(z) : z);
+            const float z = fmaf(to_float(batch[i][j]) + shift[c], scale[c], bias[c]);
+            out[j] = from_float<T>(SILU ? z * sigmoid(z) : z);
           }
           call.y.template store_vec<S::kVector>(at, out);
         });
   }
 }
 
-constexpr int kMaxThreads = 256;
+template <class S, class T, class Again>
+__device__ __forceinline__ void apply(const Forward<T>& call, const S& slab, const Notes<S>& notes,
+                                      const Again& again) {
+  if (call.silu)
+    apply_as<true>(call, slab, notes, again);
+  else
+    apply_as<false>(call, slab, notes, again);
+}
+
 
 template <class S, class T = typename S::Element>
-__global__ void __launch_bounds__(kMaxThreads, 2)
+__global__ void __launch_bounds__(kGroupNormPortableThreads, 2)
     group_norm_silu_fwd_moments_kernel(const __grid_constant__ Forward<T> call) {
   Arena arena;
   const S slab(call.cut);
@@ -258,7 +263,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 }
 
 template <class S, class T = typename S::Element>
-__global__ void __launch_bounds__(kMaxThreads, 2)
+__global__ void __launch_bounds__(kGroupNormPortableThreads, 2)
     group_norm_silu_fwd_apply_kernel(const __grid_constant__ Forward<T> call) {
   Arena arena;
   const S slab(call.cut);
@@ -272,7 +277,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 }
 
 template <class S, class T = typename S::Element>
-__global__ void __launch_bounds__(kMaxThreads, 2)
+__global__ void __launch_bounds__(kGroupNormFwdThreads, 1)
     group_norm_silu_fwd_cluster_kernel(const __grid_constant__ Forward<T> call) {
 #if CNK_HAS_CLUSTERS
   Arena arena;
@@ -326,12 +331,16 @@ void group_norm_silu_fwd(const Place& place, const GroupNormForward& call) {
   });
 }
 
-size_t group_norm_silu_fwd_shared(Dtype dtype, const GroupNormCut& cut) {
-  size_t bytes = 0;
+GroupNormFit group_norm_silu_fwd_fit(const Place& place, Dtype dtype, const GroupNormCut& cut) {
+  GroupNormFit fit;
   group_norm::with_slab(dtype, cut, [&](auto tag) {
-    bytes = group_norm::cluster_bytes<typename decltype(tag)::Slab>(group_norm::Cut(cut));
+    using S = typename decltype(tag)::Slab;
+    const group_norm::Cut whole(cut);
+    if constexpr (S::kVector > 1)
+      fit = group_norm::fit_of("group_norm_silu_fwd", group_norm::group_norm_silu_fwd_cluster_kernel<S>, place, whole,
+                               group_norm::cluster_bytes<S>(whole));
   });
-  return bytes;
+  return fit;
 }
 
 }  // namespace cnk

@@ -61,10 +61,11 @@ struct Channel {
   Channel() = default;
 
   __device__ __forceinline__ float normed(float x) const { return (x + shift) * rstd; }
-  __device__ __forceinline__ float dz(float dy, float n, bool silu) const {
-    if (!silu) return dy;
-    const float z = n * weight + bias, gate = sigmoid(z);
-    return dy * gate * (1.0f + z * (1.0f - gate));
+  template <bool SILU>
+  __device__ __forceinline__ float dz(float dy, float n) const {
+    if constexpr (!SILU) return dy;
+    const float z = fmaf(n, weight, bias), gate = sigmoid(z);
+    return dy * gate * fmaf(z, 1.0f - gate, 1.0f);
   }
 };
 
@@ -84,7 +85,7 @@ struct Notes {
         sums(arena.take<float>(cut.slab_groups * 2, "sums")) {}
 
   static __host__ __device__ size_t scratch_size(const Cut& cut) {
-    return S::kWarpColumns ? 0 : static_cast<size_t>(cut.threads) * S::CHANNELS * 3;
+    return S::kWarpColumns ? 0 : static_cast<size_t>(cut.threads) * S::CHANNELS;
   }
   static size_t bytes(const Cut& cut) {
     return Arena::bytes<float>(scratch_size(cut)) + 2 * Arena::bytes<float>(cut.span) +
@@ -92,15 +93,17 @@ struct Notes {
   }
 };
 
+constexpr int kBatch = 4;  // pairs of vectors that a thread has in flight
+
 template <class S>
 struct Pair {
   typename S::Vector x, dy;
 };
 
 // A, B and D of every channel of the chunk, to memory where asked for; then C1 and C2 of every group.
-template <class S, class T, class Keep>
-__device__ __forceinline__ void take_sums(const Backward<T>& call, const S& slab, const Notes<S>& notes,
-                                          const Keep& keep) {
+template <bool SILU, class S, class T, class Keep>
+__device__ __forceinline__ void take_sums_as(const Backward<T>& call, const S& slab, const Notes<S>& notes,
+                                             const Keep& keep) {
   for (int round = 0; round < slab.rounds(); ++round) {
     const int column = slab.first_column + round * slab.column_step;
     float sums[S::CHANNELS][3] = {};
@@ -108,8 +111,8 @@ __device__ __forceinline__ void take_sums(const Backward<T>& call, const S& slab
       Channel channels[S::CHANNELS];
 #pragma unroll
       for (int i = 0; i < S::CHANNELS; ++i) channels[i] = Channel(call, slab, column * S::CHANNELS + i);
-      Pair<S> batch[S::kBatch];
-      slab.walk(
+      Pair<S> batch[kBatch];
+      slab.template walk<kBatch>(
           column,
           [&](int i, int64_t at) {
             batch[i] = {call.x.template load_vec<S::kVector>(at), call.dy.template load_vec<S::kVector>(at)};
@@ -120,21 +123,19 @@ __device__ __forceinline__ void take_sums(const Backward<T>& call, const S& slab
             for (int j = 0; j < S::kVector; ++j) {
               const int c = S::CHANNELS == 1 ? 0 : j;
               const float n = channels[c].normed(to_float(batch[i].x[j]));
-              const float dz = channels[c].dz(to_float(batch[i].dy[j]), n, call.silu);
+              const float dz = channels[c].template dz<SILU>(to_float(batch[i].dy[j]), n);
               sums[c][0] += dz;
-              sums[c][1] += dz * n;
+              sums[c][1] = fmaf(dz, n, sums[c][1]);
               sums[c][2] += n;
             }
           });
     }
-    fold_column<3>(slab, column, sums, notes.scratch, [&](int channel, const float (&total)[3]) {
+    fold_column<3>(slab, column, sums, notes.scratch, [&](int channel, int j, float total) {
       const int64_t at = slab.first_channel + channel;
-      const float weight = call.weight.load(at, 1.0f);
-      notes.channel_c1.store(channel, weight * total[1]);
-      notes.channel_c2.store(channel, weight * total[0]);
-      if (!call.channel_partial) return;
-      const int64_t row = (slab.sample * call.cut.splits + slab.split) * 3;
-      for (int j = 0; j < 3; ++j) call.channel_partial.store((row + j) * call.cut.channels + at, total[j]);
+      if (j < 2) (j == 0 ? notes.channel_c2 : notes.channel_c1).store(channel, call.weight.load(at, 1.0f) * total);
+      if (call.channel_partial)
+        call.channel_partial.store(((slab.sample * call.cut.splits + slab.split) * 3 + j) * call.cut.channels + at,
+                                   total);
     });
   }
   sync_block();
@@ -149,6 +150,15 @@ __device__ __forceinline__ void take_sums(const Backward<T>& call, const S& slab
     c2 = warp_sum(c2);
     if (lane == 0) notes.partial.template store_vec<2>(group * 2, {{c1, c2}});
   });
+}
+
+template <class S, class T, class Keep>
+__device__ __forceinline__ void take_sums(const Backward<T>& call, const S& slab, const Notes<S>& notes,
+                                          const Keep& keep) {
+  if (call.silu)
+    take_sums_as<true>(call, slab, notes, keep);
+  else
+    take_sums_as<false>(call, slab, notes, keep);
 }
 
 // fetch(group, split) gives C1 and C2 of one chunk.
@@ -170,9 +180,9 @@ __device__ __forceinline__ void merge_sums(const Backward<T>& call, const S& sla
 }
 
 // dx from x and dy, which again(offset) gives a second time in walk order.
-template <class S, class T, class Again>
-__device__ __forceinline__ void apply(const Backward<T>& call, const S& slab, const Notes<S>& notes,
-                                      const Again& again) {
+template <bool SILU, class S, class T, class Again>
+__device__ __forceinline__ void apply_as(const Backward<T>& call, const S& slab, const Notes<S>& notes,
+                                         const Again& again) {
   for (int round = 0; round < slab.rounds(); ++round) {
     const int column = slab.first_column + round * slab.column_step;
     if (!slab.works(column)) continue;
@@ -186,8 +196,8 @@ __device__ __forceinline__ void apply(const Backward<T>& call, const S& slab, co
       c1[i] = sums[0] * call.cut.group_scale;
       c2[i] = sums[1] * call.cut.group_scale;
     }
-    Pair<S> batch[S::kBatch];
-    slab.walk(
+    Pair<S> batch[kBatch];
+    slab.template walk<kBatch>(
         column, [&](int i, int64_t at) { batch[i] = again(at); },
         [&](int i, int64_t at) {
           typename S::Vector out;
@@ -196,18 +206,25 @@ __device__ __forceinline__ void apply(const Backward<T>& call, const S& slab, co
             const int c = S::CHANNELS == 1 ? 0 : j;
             const Channel& channel = channels[c];
             const float n = channel.normed(to_float(batch[i].x[j]));
-            const float dz = channel.dz(to_float(batch[i].dy[j]), n, call.silu);
-            out[j] = from_float<T>(channel.rstd * (channel.weight * dz - (c2[c] + n * c1[c])));
+            const float dz = channel.template dz<SILU>(to_float(batch[i].dy[j]), n);
+            out[j] = from_float<T>(channel.rstd * fmaf(channel.weight, dz, -fmaf(n, c1[c], c2[c])));
           }
           call.dx.template store_vec<S::kVector>(at, out);
         });
   }
 }
 
-constexpr int kMaxThreads = 256;
+template <class S, class T, class Again>
+__device__ __forceinline__ void apply(const Backward<T>& call, const S& slab, const Notes<S>& notes,
+                                      const Again& again) {
+  if (call.silu)
+    apply_as<true>(call, slab, notes, again);
+  else
+    apply_as<false>(call, slab, notes, again);
+}
 
 template <class S, class T = typename S::Element>
-__global__ void __launch_bounds__(kMaxThreads, S::kVector == 1 ? 2 : 1)
+__global__ void __launch_bounds__(kGroupNormPortableThreads, S::kVector == 1 ? 2 : 1)
     group_norm_silu_bwd_sums_kernel(const __grid_constant__ Backward<T> call) {
   Arena arena;
   const S slab(call.cut);
@@ -220,7 +237,7 @@ __global__ void __launch_bounds__(kMaxThreads, S::kVector == 1 ? 2 : 1)
 }
 
 template <class S, class T = typename S::Element>
-__global__ void __launch_bounds__(kMaxThreads, S::kVector == 1 ? 2 : 1)
+__global__ void __launch_bounds__(kGroupNormPortableThreads, S::kVector == 1 ? 2 : 1)
     group_norm_silu_bwd_apply_kernel(const __grid_constant__ Backward<T> call) {
   Arena arena;
   const S slab(call.cut);
@@ -236,7 +253,7 @@ __global__ void __launch_bounds__(kMaxThreads, S::kVector == 1 ? 2 : 1)
 }
 
 template <class S, class T = typename S::Element>
-__global__ void __launch_bounds__(kMaxThreads, S::kVector == 1 ? 2 : 1)
+__global__ void __launch_bounds__(kGroupNormBwdThreads, 1)
     group_norm_silu_bwd_cluster_kernel(const __grid_constant__ Backward<T> call) {
 #if CNK_HAS_CLUSTERS
   Arena arena;
@@ -356,12 +373,16 @@ void group_norm_silu_bwd(const Place& place, const GroupNormBackward& call) {
   });
 }
 
-size_t group_norm_silu_bwd_shared(Dtype dtype, const GroupNormCut& cut) {
-  size_t bytes = 0;
+GroupNormFit group_norm_silu_bwd_fit(const Place& place, Dtype dtype, const GroupNormCut& cut) {
+  GroupNormFit fit;
   group_norm::with_slab(dtype, cut, [&](auto tag) {
-    bytes = group_norm::cluster_bytes<typename decltype(tag)::Slab>(group_norm::Cut(cut));
+    using S = typename decltype(tag)::Slab;
+    const group_norm::Cut whole(cut);
+    if constexpr (S::kVector > 1)
+      fit = group_norm::fit_of("group_norm_silu_bwd", group_norm::group_norm_silu_bwd_cluster_kernel<S>, place, whole,
+                               group_norm::cluster_bytes<S>(whole));
   });
-  return bytes;
+  return fit;
 }
 
 }  // namespace cnk

@@ -4,6 +4,8 @@
 // is what one thread walks down: in channels_last the channels of one 16-byte vector, of which neighbouring threads
 // hold neighbours; in the contiguous format one channel, whose positions a warp shares.
 #pragma once
+#include <type_traits>
+
 #include "device/launch.cuh"
 #include "device/math.cuh"
 #include "device/sync.cuh"
@@ -75,9 +77,9 @@ struct Slab {
   static constexpr int kVector = VEC;
   static constexpr int CHANNELS = LAST ? VEC : 1;  // of a column
   static constexpr bool kWarpColumns = !LAST;      // a column's threads are one warp
-  static constexpr int kBatch = 4;                 // vectors a thread has in flight
 
   int64_t sample, first_channel, first_group, row, base, begin, end;
+  int64_t step;  // elements between the vectors that a thread walks
   int split, span, columns, column_step, first_column, lane, lanes, threads;
 
   __device__ explicit Slab(const Cut& cut) {
@@ -106,6 +108,7 @@ struct Slab {
       first_column = thread / 32;
       lane = thread % 32;
     }
+    step = LAST ? lanes * row : 32 * VEC;
   }
 
   __host__ __device__ static int column_threads(const Cut& cut) {
@@ -125,37 +128,32 @@ struct Slab {
   __device__ __forceinline__ int rounds() const { return ceil_div(columns, column_step); }
   __device__ __forceinline__ int64_t channel(int column, int i) const { return first_channel + column * CHANNELS + i; }
 
-  __device__ __forceinline__ int64_t offset(int column, int64_t position) const {
-    return base + (LAST ? position * row + column * VEC : column * row + position);
+  // body(whole, offset, valid) for every batch of this thread's vectors of a column: the vectors lie `step` elements
+  // apart from `offset` on, and only the first `valid` of the last batch are within the chunk. All the others are whole,
+  // which they are told at compile time.
+  template <int BATCH, class Body>
+  __device__ __forceinline__ void for_each_batch(int column, const Body& body) const {
+    const int vectors_per_row = LAST ? lanes : 32 * VEC;  // positions from one vector to the next
+    const int64_t first = begin + (LAST ? lane : lane * VEC);
+    const int mine = first < end ? static_cast<int>((end - first + vectors_per_row - 1) / vectors_per_row) : 0;
+    int64_t at = base + (LAST ? first * row + column * VEC : column * row + first);
+    int left = mine;
+#pragma unroll 1
+    for (; left >= BATCH; left -= BATCH, at += BATCH * step) body(std::true_type{}, at, BATCH);
+    if (left > 0) body(std::false_type{}, at, left);
   }
-
-  // The first element of the chunk in a channel of the slab.
-  __device__ __forceinline__ int64_t channel_offset(int channel) const {
-    return base + (LAST ? begin * row + channel : channel * row + begin);
-  }
-  // body(position, valid) for every batch of this thread's vectors of a column: the vectors lie `stride()` positions
-  // apart, and only the first `valid` of the batch are within the chunk.
-  template <class Body>
-  __device__ __forceinline__ void for_each_batch(const Body& body) const {
-    for (int64_t p = begin + (LAST ? lane : lane * VEC); p < end; p += kBatch * stride()) {
-      int valid = 0;
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) valid += p + i * stride() < end;
-      body(p, valid);
-    }
-  }
-  __device__ __forceinline__ int stride() const { return LAST ? lanes : 32 * VEC; }
 
   // load(i, offset) for every vector of a batch, then use(i, offset), so that the loads are in flight together.
-  template <class Load, class Use>
+  template <int BATCH, class Load, class Use>
   __device__ __forceinline__ void walk(int column, const Load& load, const Use& use) const {
-    for_each_batch([&](int64_t p, int valid) {
+    for_each_batch<BATCH>(column, [&](auto whole, int64_t at, int valid) {
+      constexpr bool kWhole = decltype(whole)::value;
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-        if (i < valid) load(i, offset(column, p + i * stride()));
+      for (int i = 0; i < BATCH; ++i)
+        if (kWhole || i < valid) load(i, at + i * step);
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-        if (i < valid) use(i, offset(column, p + i * stride()));
+      for (int i = 0; i < BATCH; ++i)
+        if (kWhole || i < valid) use(i, at + i * step);
     });
   }
 
@@ -185,24 +183,26 @@ __device__ __forceinline__ void gather_column(const S& slab, int column, const f
     finish(first + i, [&](int lane, int j) { return scratch.load((j * slab.lanes + lane) * width + i); });
 }
 
-// Adds up what the threads of a column hold, and hands every channel's sums to finish(channel, sums), called by one
-// thread per channel.
+// Adds up what the threads of a column hold, and hands every channel's sum j to finish(channel, j, sum), called by one
+// thread per channel. One sum after the other, so that `scratch` is threads * CHANNELS floats, in channels_last alone.
 template <int SUMS, class S, class Finish>
 __device__ __forceinline__ void fold_column(const S& slab, int column, const float (&sums)[S::CHANNELS][SUMS],
                                             Shared<float> scratch, const Finish& finish) {
-  if constexpr (S::kWarpColumns) {
-    float total[SUMS];
 #pragma unroll
-    for (int j = 0; j < SUMS; ++j) total[j] = warp_sum(sums[0][j]);
-    if (slab.works(column) && slab.lane == 0) finish(column, total);
-  } else {
-    gather_column<SUMS>(slab, column, sums, scratch, [&](int channel, const auto& held) {
-      float total[SUMS] = {};
-      for (int lane = 0; lane < slab.lanes; ++lane)
+  for (int j = 0; j < SUMS; ++j) {
+    if constexpr (S::kWarpColumns) {
+      const float total = warp_sum(sums[0][j]);
+      if (slab.works(column) && slab.lane == 0) finish(column, j, total);
+    } else {
+      float one[S::CHANNELS][1];
 #pragma unroll
-        for (int j = 0; j < SUMS; ++j) total[j] += held(lane, j);
-      finish(channel, total);
-    });
+      for (int i = 0; i < S::CHANNELS; ++i) one[i][0] = sums[i][j];
+      gather_column<1>(slab, column, one, scratch, [&](int channel, const auto& held) {
+        float total = 0.0f;
+        for (int lane = 0; lane < slab.lanes; ++lane) total += held(lane, 0);
+        finish(channel, j, total);
+      });
+    }
   }
 }
 
@@ -218,6 +218,11 @@ template <class S>
 struct Tag {
   using Slab = S;
 };
+
+template <class Kernel>
+GroupNormFit fit_of(const char* name, Kernel kernel, const Place& place, const Cut& cut, size_t shared_bytes) {
+  return {shared_bytes, resident_clusters(name, kernel, place, cut.shape(shared_bytes))};
+}
 
 template <class T, class Run>
 void with_slab_of(const GroupNormCut& cut, const Run& run) {

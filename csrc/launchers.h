@@ -34,6 +34,9 @@ struct ChannelTensor {
   bool is_float = false;
 };
 
+// Threads of a block, at most: of the portable form, and of the cluster form of each direction.
+constexpr int kGroupNormPortableThreads = 256, kGroupNormFwdThreads = 512, kGroupNormBwdThreads = 384;
+
 // How a tensor [N, C, positions] is cut into slabs (group_norm_slab.cuh). `vectors`: every row and address of x, y, dy
 // and dx is a multiple of 16 bytes. `cluster`: the splits of a slab are a thread-block cluster (sm_90).
 struct GroupNormCut {
@@ -65,9 +68,14 @@ struct GroupNormBackward {
 
 void group_norm_silu_fwd(const Place& place, const GroupNormForward& call);
 void group_norm_silu_bwd(const Place& place, const GroupNormBackward& call);
-// Bytes of shared memory per block that the cluster form of a direction takes.
-size_t group_norm_silu_fwd_shared(Dtype dtype, const GroupNormCut& cut);
-size_t group_norm_silu_bwd_shared(Dtype dtype, const GroupNormCut& cut);
+// What the cluster form of a direction takes: bytes of shared memory per block, and how many clusters the GPU holds at
+// once (0: it refuses them).
+struct GroupNormFit {
+  size_t shared_bytes = 0;
+  int clusters = 0;
+};
+GroupNormFit group_norm_silu_fwd_fit(const Place& place, Dtype dtype, const GroupNormCut& cut);
+GroupNormFit group_norm_silu_bwd_fit(const Place& place, Dtype dtype, const GroupNormCut& cut);
 
 constexpr int kZeroConvTile = 64;   // rows and columns of the tiles that zero_conv_add computes
 constexpr int kZeroConvGroup = 16;  // layers in one launch

@@ -10,10 +10,8 @@ from cnkernels import extension, layout
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
-_MAX_THREADS = 256
-_MAX_CLUSTER = 8  # the largest that every GPU with clusters schedules
 _SECTOR = 32  # bytes: what global memory moves at least
-_CLUSTER_SHARED = 200 * 1024  # bytes per block, under sm_90's 227 KiB
+_FEW_POSITIONS = 64  # a block is not cut into less
 
 
 def group_norm_silu_fwd(
@@ -29,7 +27,7 @@ def group_norm_silu_fwd(
     mean = torch.empty((x.shape[0], groups), dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     library = extension.module_for(x.device)
-    cut = plan(library, x, groups, library.group_norm_silu_fwd_shared, (x, y))
+    cut = plan(library, x, groups, "fwd", (x, y))
     partial = None if cut.cluster else mean.new_empty((x.shape[0], groups, cut.splits, 2))
     library, place = extension.prepare(x, y, mean, rstd, partial, weight, bias, addend)
     call = library.GroupNormForward(
@@ -67,7 +65,7 @@ def group_norm_silu_bwd(
         torch.empty_like(t) if wanted else None for t, wanted in zip((x, weight, bias, addend), need, strict=True)
     )
     library = extension.module_for(x.device)
-    cut = plan(library, x, groups, library.group_norm_silu_bwd_shared, (x, dy, dx))
+    cut = plan(library, x, groups, "bwd", (x, dy, dx))
     samples, channels = x.shape[:2]
     partial = None if cut.cluster else mean.new_empty((samples, groups, cut.splits, 2))
     group_sums = mean.new_empty((samples, groups, 2)) if need[3] else None
@@ -97,11 +95,11 @@ def group_norm_silu_bwd(
     return gradients
 
 
-def plan(library: ModuleType, x: Tensor, groups: int, shared_bytes, tensors: tuple[Tensor | None, ...]):
+def plan(library: ModuleType, x: Tensor, groups: int, direction: str, tensors: tuple[Tensor | None, ...]):
     """How the launch cuts `x` (csrc/group_norm_slab.cuh): the cluster form where the GPU has it and the slabs fit.
 
     Args:
-        shared_bytes: (dtype, cut) -> bytes of shared memory per block of the cluster form.
+        direction: "fwd" or "bwd".
         tensors: those that the kernels read or write in vectors.
     """
     samples, channels = x.shape[:2]
@@ -110,61 +108,80 @@ def plan(library: ModuleType, x: Tensor, groups: int, shared_bytes, tensors: tup
     vector = 16 // x.element_size()
     row = channels if channels_last else positions
     vectors = row % vector == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
-    span = _span(channels, channels // groups, x.element_size(), vector if vectors else 1, channels_last)
+    spans = _spans(channels, channels // groups, x.element_size(), vector if vectors else 1, channels_last)
     cut = library.GroupNormCut(
         samples=samples,
         channels=channels,
         positions=positions,
         groups=groups,
-        span=span,
-        threads=_threads(span, channels_last),
         channels_last=channels_last,
         vectors=vectors,
     )
-    slabs = samples * math.ceil(channels / span)
-    dtype = extension.dtype_of(library, x)
-    if vectors and _has_clusters(library, x.device):
-        cut.cluster = True
-        for size in (1, 2, 4, _MAX_CLUSTER):
-            cut.splits = size
-            fits = shared_bytes(dtype, cut) <= _CLUSTER_SHARED
-            if fits and (
-                slabs * size >= extension.multiprocessors(x.device) or size * 64 >= positions or size == _MAX_CLUSTER
-            ):
-                return cut
-    cut.cluster = False
-    enough = 4 * extension.multiprocessors(x.device) // slabs  # blocks per slab that fill the GPU
-    cut.splits = max(1, min(enough, positions // 64, 64))
+    limits = extension.limits(x.device)
+    if vectors and _has_clusters(library, limits) and _cut_into_clusters(library, x, cut, direction, spans):
+        return cut
+    cut.cluster, cut.span = False, spans[0]
+    cut.threads = _threads(cut.span, channels_last, library.GROUP_NORM_PORTABLE_THREADS)
+    slabs = samples * math.ceil(channels / cut.span)
+    enough = 4 * limits.multiprocessors // slabs  # blocks per slab that fill the GPU
+    cut.splits = max(1, min(enough, positions // _FEW_POSITIONS, 64))
     return cut
 
 
-def _span(channels: int, group: int, itemsize: int, vector: int, channels_last: bool) -> int:
-    """Channels per block: one group where its positions lie together, else whole groups that are whole sectors too."""
+def _cut_into_clusters(library: ModuleType, x: Tensor, cut, direction: str, spans: list[int]) -> bool:
+    """Gives `cut` the widest span and the smallest cluster that fill the GPU, else those that make the most blocks.
+
+    False where none fits the GPU.
+    """
+    limits, fit_of = extension.limits(x.device), getattr(library, f"group_norm_silu_{direction}_fit")
+    place, dtype = library.Place(device=x.device.index or 0), extension.dtype_of(library, x)
+    threads = getattr(library, f"GROUP_NORM_{direction.upper()}_THREADS")
+    sizes = [size for size in (1, 2, 4, 8) if size <= limits.max_cluster]
+    cut.cluster, most, best = True, 0, None
+    for span in spans:
+        cut.span, cut.threads = span, _threads(span, cut.channels_last, threads)
+        for size in sizes:
+            cut.splits = size
+            blocks = cut.samples * math.ceil(cut.channels / span) * size
+            if fit_of(place, dtype, cut).clusters == 0:
+                continue
+            if blocks >= limits.multiprocessors or size * _FEW_POSITIONS >= cut.positions:
+                return True
+            if blocks > most:
+                most, best = blocks, (span, cut.threads, size)
+    if best is not None:
+        cut.span, cut.threads, cut.splits = best
+    return best is not None
+
+
+def _spans(channels: int, group: int, itemsize: int, vector: int, channels_last: bool) -> list[int]:
+    """Channels per block, the widest first: one group where its positions lie together, else whole groups.
+
+    Whole groups that are whole sectors too, or narrower, that are whole vectors; those share sectors with their
+    neighbours, but make more blocks.
+    """
     if not channels_last:
-        return group
-    for unit in (math.lcm(group, _SECTOR // itemsize), math.lcm(group, vector)):
-        if vector > 1 and channels % unit == 0:
-            return unit
-    if vector > 1:
-        return channels
-    return min(channels, group * max(1, _SECTOR // itemsize // group))
+        return [group]
+    units = dict.fromkeys(math.lcm(group, size) for size in (_SECTOR // itemsize, vector))
+    spans = [unit for unit in units if vector > 1 and channels % unit == 0]
+    if spans or vector > 1:
+        return spans or [channels]
+    return [min(channels, group * max(1, _SECTOR // itemsize // group))]
 
 
-def _threads(span: int, channels_last: bool) -> int:
+def _threads(span: int, channels_last: bool, most: int) -> int:
     """All of them, or in the contiguous format a warp per channel such that the rounds over a group come out even."""
     if channels_last:
-        return _MAX_THREADS
-    warps = _MAX_THREADS // 32
-    return 32 * math.ceil(span / math.ceil(span / warps))
+        return most
+    return 32 * math.ceil(span / math.ceil(span / (most // 32)))
 
 
-def _has_clusters(library: ModuleType, device: torch.device) -> bool:
-    """On sm_90 and later, if compiled for it; and in the CPU execution, so that the cluster form is tested."""
-    if device.type == "cpu":
-        return True
-    major, minor = torch.cuda.get_device_capability(device)
+def _has_clusters(library: ModuleType, limits) -> bool:
+    """Where the GPU has them and the extension has code for them: that of sm_80 does not."""
+    if limits.max_cluster == 1:
+        return False
     compiled = (int(arch.rstrip("af")) for arch in library.architectures.split(";"))
-    return any(90 <= arch <= 10 * major + minor for arch in compiled)
+    return any(90 <= arch <= limits.capability for arch in compiled)
 
 
 def _channels(library: ModuleType, tensor: Tensor | None):

@@ -30,6 +30,14 @@ void launch(const char* name, void (*kernel)(P...), Place, const Shape& shape, c
                  [&] { kernel(arguments...); });
 }
 
+// How many clusters of such a launch the GPU holds at once, as far as threads and shared memory go; 0: it refuses them.
+template <class... P>
+int resident_clusters(const char*, void (*)(P...), Place, const Shape& shape) {
+  const host::Architecture& gpu = host::architecture();
+  if (shape.shared_bytes > gpu.shared_per_block || shape.cluster > gpu.max_cluster) return 0;
+  return gpu.multiprocessors * gpu.resident(shape.threads, shape.shared_bytes) / shape.cluster;
+}
+
 #else
 
 inline void expect_success(const char* name, cudaError_t error) {
@@ -56,26 +64,57 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+// The configuration of a launch, which points to its own attribute.
+class Configured {
+ public:
+  template <class... P>
+  Configured(const char* name, void (*kernel)(P...), const Place& place, const Shape& shape) {
+    constexpr size_t kDefaultLimit = 48 * 1024;
+    if (shape.shared_bytes > kDefaultLimit)
+      expect_success(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                static_cast<int>(shape.shared_bytes)));
+    cluster_.id = cudaLaunchAttributeClusterDimension;
+    cluster_.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+    config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+    config.blockDim = dim3(shape.threads);
+    config.dynamicSmemBytes = shape.shared_bytes;
+    config.stream = reinterpret_cast<cudaStream_t>(place.stream);
+    config.attrs = &cluster_;
+    config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  }
+  Configured(const Configured&) = delete;
+  Configured& operator=(const Configured&) = delete;
+
+  cudaLaunchConfig_t config = {};
+
+ private:
+  cudaLaunchAttribute cluster_;
+};
+
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), Place place, const Shape& shape, const A&... arguments) {
   if (shape.blocks == 0) return;
   expect_grid(name, shape);
   const DeviceGuard guard(name, place.device);
-  constexpr size_t kDefaultLimit = 48 * 1024;
-  if (shape.shared_bytes > kDefaultLimit)
-    expect_success(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                              static_cast<int>(shape.shared_bytes)));
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
-  config.blockDim = dim3(shape.threads);
-  config.dynamicSmemBytes = shape.shared_bytes;
-  config.stream = reinterpret_cast<cudaStream_t>(place.stream);
-  config.attrs = &cluster;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
-  expect_success(name, cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...));
+  const Configured configured(name, kernel, place, shape);
+  expect_success(name, cudaLaunchKernelEx(&configured.config, kernel, static_cast<P>(arguments)...));
+}
+
+// How many clusters of such a launch the GPU holds at once; 0: it refuses them.
+template <class... P>
+int resident_clusters(const char* name, void (*kernel)(P...), Place place, const Shape& shape) {
+  const Limits limits = limits_of(place);
+  if (shape.shared_bytes > limits.shared_per_block || shape.cluster > limits.max_cluster) return 0;
+  const DeviceGuard guard(name, place.device);
+  const Configured configured(name, kernel, place, shape);
+  int count = 0;
+  if (shape.cluster == 1) {
+    expect_success(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, shape.threads,
+                                                                       shape.shared_bytes));
+    return count * limits.multiprocessors;
+  }
+  expect_success(name, cudaOccupancyMaxActiveClusters(&count, kernel, &configured.config));
+  return count;
 }
 
 #endif

@@ -16,7 +16,7 @@ def ampere(monkeypatch):
     """Dispatch as on a machine with one GPU of compute capability 8.0, never measured, and the extension built."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU X")
-    monkeypatch.setattr(dispatch.extension, "why_absent", lambda: None)
+    monkeypatch.setattr(dispatch.extension, "why_absent", lambda device: None)
 
 
 @pytest.mark.parametrize("op", dispatch.OPS)

@@ -22,6 +22,9 @@ FAULTS = {  # kernel: the fault, the thread or the place it is reported at
     "diverged_shuffle": r"deadlock: thread 1 of block 0 waits at a shuffle",
     "cluster": r"a block exits while its shared memory is in use by|shared memory of a block that has exited: sum",
     "cluster_race": r"uninitialised shared memory: reads sum\[0\]|shared memory race: reads sum\[0\]",
+    "slice": r"misaligned vector access: shared tile\[0\]",
+    "same_place": r"global memory race: a write of what block \d wrote in the same launch",
+    "block_order": r"global memory race: a (read of what block \d wrote|write of what block \d read) in the same",
 }
 SIZES = {"unmasked_tail": (200, 200), "copy_async": (1024, 256), "cluster": (8, 256), "cluster_race": (8, 256)}
 
@@ -70,11 +73,37 @@ def test_without_the_fault_the_answer_is_right(kernels):
         "diverged_shuffle": lambda x: x[threads ^ 1],
         "cluster": lambda x: np.repeat(x[[1, 2, 3, 0, 5, 6, 7, 4]], 32),
         "cluster_race": lambda x: np.repeat(x[[1, 2, 3, 0, 5, 6, 7, 4]], 32),
+        "slice": lambda x: x,
+        "same_place": np.ones_like,
+        "block_order": lambda x: x,
     }
     assert expected.keys() == FAULTS.keys()
     for name, answer in expected.items():
         x, out = run(kernels, name, broken=False)
         np.testing.assert_array_equal(out, answer(x), err_msg=name)
+
+
+KIB = 1024
+LIMITS = {80: (163, 1), 86: (99, 1), 89: (99, 1), 90: (227, 8), 100: (227, 8), 120: (99, 8)}  # KiB, blocks of a cluster
+
+
+@pytest.mark.parametrize("capability", LIMITS)
+def test_a_launch_is_held_to_its_architecture(kernels, capability):
+    """What fits runs; one byte, warp or block of a cluster more is refused."""
+    shared, cluster = LIMITS[capability]
+    x, out = aligned(256), aligned(256)
+    for fits in ((4, 256, 0, 1), (16, 1024, 0, 1), (4, 32, shared * KIB, 1), (2 * cluster, 32, 0, cluster)):
+        out[:] = 0
+        kernels.copy(x, out, capability, *fits)
+        np.testing.assert_array_equal(out, x)
+    for refused, why in (
+        ((4, 1056, 0, 1), "1056 threads, a block has 32 to 1024"),
+        ((4, 32, shared * KIB + 1, 1), f"the limit is {shared * KIB} on compute capability {capability}"),
+        ((16, 32, 0, cluster + 1), f"a cluster of {cluster + 1}, the limit is {cluster} on compute capability"),
+        ((16, 32, 300 * KIB, 16), "the limit is"),
+    ):
+        with pytest.raises(RuntimeError, match=f"copy: .*{why}"):
+            kernels.copy(x, out, capability, *refused)
 
 
 def test_a_fault_leaves_the_next_launch_intact(kernels):

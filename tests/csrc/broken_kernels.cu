@@ -127,6 +127,33 @@ __global__ void cluster_race_kernel(Call call) {
   sync_cluster();
 }
 
+// A slice that begins at an element which no vector may begin at.
+__global__ void slice_kernel(Call call) {
+  CNK_STATIC_SHARED(float, tile, 260);
+  const Shared<float> part = tile.slice(call.broken ? 3 : 4, 256);
+  if (threadIdx.x < 64) part.store_vec<4>(threadIdx.x * 4, call.in.load_vec<4>(threadIdx.x * 4));
+  sync_block();
+  call.out.store(threadIdx.x, part.load(threadIdx.x));
+}
+
+// Two blocks write the same element.
+__global__ void same_place_kernel(Call call) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  call.out.store(call.broken ? i % 100 : i, 1.0f);
+}
+
+// A block reads what another block of the launch wrote, or reads what another is about to write.
+__global__ void block_order_kernel(Call call) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  const float before = call.broken && i >= 64 ? call.out.load(i - 64) : 0.0f;
+  call.out.store(i, before + call.in.load(i));
+}
+
+__global__ void copy_kernel(Call call) {
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < call.count; i += gridDim.x * blockDim.x)
+    call.out.store(i, call.in.load(i));
+}
+
 using Kernel = void (*)(Call);
 const std::map<std::string, std::pair<Kernel, Shape>> kKernels = {
     {"shift", {shift_kernel, {1, 256}}},
@@ -142,6 +169,9 @@ const std::map<std::string, std::pair<Kernel, Shape>> kKernels = {
     {"diverged_shuffle", {diverged_shuffle_kernel, {1, 256}}},
     {"cluster", {cluster_kernel, {8, 32, 0, 4}}},
     {"cluster_race", {cluster_race_kernel, {8, 32, 0, 4}}},
+    {"slice", {slice_kernel, {1, 256}}},
+    {"same_place", {same_place_kernel, {4, 64}}},
+    {"block_order", {block_order_kernel, {4, 64}}},
 };
 
 using Floats = py::array_t<float, py::array::c_style>;
@@ -159,6 +189,14 @@ void run(const std::string& name, const Floats& in, Floats out, bool broken) {
   const auto& [kernel, shape] = kKernels.at(name);
   launch(name.c_str(), kernel, Place{}, shape,
          Call{{in.data()}, {out.mutable_data()}, static_cast<int>(in.size()), broken});
+}
+
+// A copy in a launch of this shape, on this compute capability.
+void copy(const Floats& in, Floats out, int capability, int blocks, int threads, size_t shared, int cluster) {
+  watch(in, out);
+  host::architecture() = host::architecture_of(capability);
+  launch("copy", copy_kernel, Place{}, {blocks, threads, shared, cluster},
+         Call{{in.data()}, {out.mutable_data()}, static_cast<int>(in.size()), false});
 }
 
 // c[16][8] += a[16][16] b[16][8], all read through ldmatrix; b lies in memory as [16][8] or as [8][16].
@@ -200,6 +238,7 @@ Floats round_trip(const Floats& in) {
 
 PYBIND11_MODULE(CNK_MODULE, module) {
   module.def("run", &run);
+  module.def("copy", &copy);
   module.def("run_mma", &run_mma);
   module.def("round_float16", &round_trip<f16>);
   module.def("round_bfloat16", &round_trip<bf16>);

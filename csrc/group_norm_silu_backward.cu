@@ -93,7 +93,9 @@ struct Notes {
   }
 };
 
-constexpr int kBatch = 4;  // pairs of vectors that a thread has in flight
+// Pairs of vectors that a thread has in flight, beside the constants and sums of its channels.
+template <class S>
+constexpr int kBatch = S::CHANNELS > 4 ? 2 : 4;
 
 template <class S>
 struct Pair {
@@ -111,8 +113,8 @@ __device__ __forceinline__ void take_sums_as(const Backward<T>& call, const S& s
       Channel channels[S::CHANNELS];
 #pragma unroll
       for (int i = 0; i < S::CHANNELS; ++i) channels[i] = Channel(call, slab, column * S::CHANNELS + i);
-      Pair<S> batch[kBatch];
-      slab.template walk<kBatch>(
+      Pair<S> batch[kBatch<S>];
+      slab.template walk<kBatch<S>>(
           column,
           [&](int i, int64_t at) {
             batch[i] = {call.x.template load_vec<S::kVector>(at), call.dy.template load_vec<S::kVector>(at)};
@@ -196,8 +198,8 @@ __device__ __forceinline__ void apply_as(const Backward<T>& call, const S& slab,
       c1[i] = sums[0] * call.cut.group_scale;
       c2[i] = sums[1] * call.cut.group_scale;
     }
-    Pair<S> batch[kBatch];
-    slab.template walk<kBatch>(
+    Pair<S> batch[kBatch<S>];
+    slab.template walk<kBatch<S>>(
         column, [&](int i, int64_t at) { batch[i] = again(at); },
         [&](int i, int64_t at) {
           typename S::Vector out;

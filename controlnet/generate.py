@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
 from controlnet import build, checkpoints, config
 from controlnet.conditioning import DTYPES, Conditioning
 from controlnet.config import ConfigError
+from controlnet.data.hints import read_hint
 from controlnet.inference.images import fault, grid, to_uint8
 from controlnet.inference.sampling import control_scales, ddim, guided, sample_with_scheduler
 from controlnet.model.controlled import ControlledUNet
@@ -160,25 +160,6 @@ def _checkpoint_folder(folder: Path) -> Path:
     if problem is not None:
         raise checkpoints.CheckpointError(problem)
     return folder
-
-
-def read_hint(path: Path, size: tuple[int, int] | None = None) -> Tensor:
-    """A hint [1, 3, H, W] in [0, 1] from an image file.
-
-    Arguments:
-        size: (width, height) to bring it to, by the nearest pixel: the colours of a label map stay pure.
-    """
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except FileNotFoundError:
-        raise
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"--hint {path} cannot be read as an image: {error}") from error
-    if size is not None:
-        image = image.resize(size, Image.Resampling.NEAREST)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)[None].float() / 255
 
 
 def _size(text: str) -> tuple[int, int]:

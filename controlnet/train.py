@@ -74,6 +74,7 @@ def prepare(cfg: DictConfig, world: World, stop: StopRequest) -> Trainer:
             rank=world.rank,
             world_size=world.size,
             start=position,
+            hint_channels=model.control.arch.hint_channels,
         )
 
     return Trainer(cfg, world, model, conditioning, make_loader, stop)

@@ -165,9 +165,11 @@ SCHEMA: dict[str, Any] = {
                 "random_crop_h_w": None,
                 "horizontal_flip": None,
             },
+            "buckets": None,
+            "hint": {"kind": "picture", "palette": Maybe(str), "ground": "white"},
             "filterings": None,
             "data_sharding": True,
-            "extensions": {"image": "jpg", "caption": "txt", "hint": "png"},
+            "extensions": {"image": "jpg;jpeg;webp", "caption": "txt", "hint": "png;npy"},
             "ignored_extensions": [],
             "max_bad_fraction": 0.05,
         },
@@ -201,6 +203,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.accelerator": ("auto", "gpu", "cuda", "cpu"),
     "model._target_": ("controlnet.model.controlled.ControlledUNet",),
     "model.parameterization": ("eps", "v", "x0"),
+    "data.train.hint.kind": ("picture", "labels"),
     "model.beta_schedule": ("linear", "sqrt_linear", "sqrt", "cosine"),
 }
 

@@ -7,17 +7,21 @@ import contextlib
 import signal
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from controlnet.data.samples import IMAGE_FORMATS, Resolution, Transform
-from controlnet.data.shards import DataError, Drop, index_shard, list_shards
-from controlnet.data.stream import Cursor, Message, Plan, WorkerStream
+from controlnet.data.advice import advice
+from controlnet.data.buckets import Buckets
+from controlnet.data.hints import HintReader
+from controlnet.data.images import IMAGE_FORMATS
+from controlnet.data.samples import Resolution, Transform
+from controlnet.data.shards import DataError, Drop, list_shards, take_stock
+from controlnet.data.stream import Cursor, Message, Plan, WorkerStream, judge
 
-DEFAULT_EXTENSIONS = {"image": "jpg", "caption": "txt", "hint": "png"}
+DEFAULT_EXTENSIONS = {"image": "jpg;jpeg;webp", "caption": "txt", "hint": "png;npy"}
 DEFAULT_MAX_BAD_FRACTION = 0.05
 DEFAULT_SHUFFLE_BUFFER = 1000
 
@@ -31,19 +35,24 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     start: Mapping[str, Any] | None = None,
+    hint_channels: int = 3,
 ) -> ShardLoader:
     """The batches of one rank.
 
     Every rank has the same number of batches in an epoch: the samples there are, over world_size * batch_size. A rank
-    or worker whose shards hold fewer than its share goes through them again, in another order.
+    or worker whose shards hold fewer than its share goes through them again, in another order; a worker whose shards
+    hold none reads its rank's others.
 
     Args:
         data: the section `data` of a configuration, of which are read
             `num_workers`: processes that decode; 0 decodes in this one;
-            `train.dataset_path`: see `shards.list_shards`;
+            `train.dataset_path`: see `shards.list_shards`; shards without a whole sample are left out with a warning;
             `train.augmentations`: see `samples.Transform.from_config`;
+            `train.buckets`: batches of several sizes; see `buckets.Buckets.from_config`;
+            `train.hint`: see `hints.HintReader.from_config`;
             `train.filterings`: see `samples.Resolution`; its `estimated_portion` (0 to 1) shortens the epoch;
-            `train.extensions`: {image: jpg, caption: txt, hint: png}; alternatives are written "jpg;jpeg";
+            `train.extensions`: DEFAULT_EXTENSIONS and what is set of {image, caption, hint}; alternatives are written
+            "jpg;jpeg". They say which member is what; the format of a picture is read from its content;
             `train.ignored_extensions`: members that may be in a sample and are not read;
             `train.max_bad_fraction`: share of unusable samples beyond which an error ends the run;
             `train.data_sharding`: true leaves a rank the same shards in every epoch, false deals them anew;
@@ -57,39 +66,54 @@ def build_loader(
         seed: of the order and of the augmentations.
         rank, world_size: which of how many processes this is.
         start: a `ShardLoader.position` of the same rank; the batches that followed it follow here, bit for bit.
+        hint_channels: of the ControlNet.
 
     Raises:
         DataError: no shards, too few for the ranks and workers, sizes that do not fit; all before the first batch.
     """
     train, webdataset, workers = data["train"], data.get("webdataset") or {}, max(1, data.get("num_workers") or 0)
     chunk_size, infinite = webdataset.get("chunk_size"), bool(webdataset.get("infinite_sampler"))
-    shards, count = list_shards(train["dataset_path"], webdataset.get("local_root_path"), chunk_size)
-    if not infinite and len(shards) < world_size * workers:
-        raise DataError(
-            f"data.train.dataset_path names {len(shards)} shards; expected at least {world_size * workers}, one for "
-            f"each of {world_size} ranks x {workers} workers. Lower data.num_workers, or cut the data into more shards"
-        )
     extensions, formats = _read_extensions(train.get("extensions"))
     ignored = tuple(str(extension).lower().lstrip(".") for extension in train.get("ignored_extensions") or ())
-    filterings = train.get("filterings") or {}
-    transform = Transform.from_config(train.get("augmentations") or {}, factor)
+    filterings, augmentations = train.get("filterings") or {}, train.get("augmentations") or {}
+    if train.get("buckets") is None:
+        transform: Transform | Buckets = Transform.from_config(augmentations, factor)
+    else:
+        transform = Buckets.from_config(train["buckets"], augmentations, factor)
+    try:
+        hints = HintReader.from_config(train.get("hint"), hint_channels)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    bad = train.get("max_bad_fraction")
+    max_bad_fraction = DEFAULT_MAX_BAD_FRACTION if bad is None else float(bad)
+
+    shards, count = list_shards(train["dataset_path"], webdataset.get("local_root_path"), chunk_size)
+    survey = take_stock(shards, extensions, ignored, whole=count is None)
     if count is None:
-        count = sum(len(index_shard(shard, extensions, ignored).samples) for shard in shards)
-    count = int(count * (filterings.get("estimated_portion") or 1))
+        count = survey.samples
+    count = int(count * (filterings.get("estimated_portion") or 1)) if survey.shards else 0
     if count < world_size * batch_size:
         raise DataError(
             f"data.train.dataset_path holds {count} usable samples; expected at least {world_size * batch_size}, "
-            f"one batch of {batch_size} for each of {world_size} ranks"
+            f"one batch of {batch_size} for each of {world_size} ranks. {advice(survey.drops)}".rstrip()
         )
-    buffer, tolerated = webdataset.get("shuffle_buffer"), train.get("max_bad_fraction")
+    if not infinite and len(survey.shards) < world_size * workers:
+        raise DataError(
+            f"data.train.dataset_path has {len(survey.shards)} shards with samples; expected at least "
+            f"{world_size * workers}, one for each of {world_size} ranks x {workers} workers. Lower data.num_workers,"
+            " or cut the data into more shards"
+        )
+    judge(len(survey.drops), survey.samples + len(survey.drops), max_bad_fraction, survey.drops)
+    buffer = webdataset.get("shuffle_buffer")
     plan = Plan(
-        shards=shards,
+        shards=survey.shards,
         extensions=extensions,
         ignored=ignored,
         formats=formats,
+        hints=hints,
         transform=transform,
         resolution=Resolution.from_config(filterings),
-        max_bad_fraction=DEFAULT_MAX_BAD_FRACTION if tolerated is None else float(tolerated),
+        max_bad_fraction=max_bad_fraction,
         fixed_shards=train.get("data_sharding") is not False,
         infinite=infinite,
         shuffle_buffer=(chunk_size or DEFAULT_SHUFFLE_BUFFER) if buffer is None else int(buffer),
@@ -100,11 +124,12 @@ def build_loader(
         batch_size=batch_size,
         epoch_batches=count // (world_size * batch_size),
     )
-    return ShardLoader(plan, data.get("num_workers") or 0, start)
+    of_rank = set(survey.left_out[rank::world_size])  # no worker will open them and count what they lack
+    return ShardLoader(plan, data.get("num_workers") or 0, start, [d for d in survey.drops if d.shard in of_rank])
 
 
 def _read_extensions(configured: Mapping[str, str] | None) -> tuple[tuple[tuple[str, str], ...], dict[str, str]]:
-    """((extension, role), ...) and Pillow's format of each role that is an image."""
+    """((extension, role), ...), and the format of Pillow's to try first for each role that is a picture."""
     wanted = {**DEFAULT_EXTENSIONS, **(configured or {})}
     where, pairs, formats = "data.train.extensions", [], {}
     for role, extensions in wanted.items():
@@ -113,11 +138,13 @@ def _read_extensions(configured: Mapping[str, str] | None) -> tuple[tuple[tuple[
         for extension in str(extensions).lower().split(";"):
             extension = extension.strip().lstrip(".")
             pairs.append((extension, role))
-            if role != "caption":
-                kind = IMAGE_FORMATS.get(extension.rpartition(".")[2])
-                if kind is None or formats.setdefault(role, kind) != kind:
-                    known = ", ".join(IMAGE_FORMATS)
-                    raise DataError(f"{where}.{role} is {extensions!r}; expected one image format of {known}")
+            kind = extension.rpartition(".")[2]
+            if role == "caption" or (role == "hint" and kind == "npy"):
+                continue
+            if kind not in IMAGE_FORMATS:
+                known = ", ".join([*IMAGE_FORMATS, *(["npy"] if role == "hint" else [])])
+                raise DataError(f"{where}.{role} is {extensions!r}; expected image formats of {known}")
+            formats.setdefault(role, IMAGE_FORMATS[kind])
     if len(dict(pairs)) < len(pairs):
         raise DataError(f"{where} gives one extension two roles: {wanted}")
     return tuple(pairs), formats
@@ -126,19 +153,27 @@ def _read_extensions(configured: Mapping[str, str] | None) -> tuple[tuple[tuple[
 class ShardLoader:
     """The batches of one rank; iterating gives those left in this epoch, iterating again those of the next.
 
-    A batch is a dict: "images" float32 [N, 3, H, W] in [-1, 1], "hint" float32 [N, 3, H, W] in [0, 1], "captions" and
-    "keys" lists of N strings. `len()` is the number of batches in an epoch.
+    A batch is a dict: "images" float32 [N, 3, H, W] in [-1, 1], "hint" float32 [N, hint channels, H, W] in [0, 1],
+    "captions" and "keys" lists of N strings, "time_ids" int64 [N, 6], for SDXL (see `samples.Placement.time_ids`). With
+    buckets, H and W differ from batch to batch. `len()` is the number of batches in an epoch.
 
     Notes: workers ignore SIGTERM and SIGINT, so that the process that they serve can save before it ends. They end with
     `close()` or with the process.
     """
 
-    def __init__(self, plan: Plan, num_workers: int, start: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        plan: Plan,
+        num_workers: int,
+        start: Mapping[str, Any] | None = None,
+        drops: Sequence[Drop] = (),
+    ):
         self._plan = plan
         self._next, self._cursors = 0, [Cursor(0, 0, 0)] * plan.workers
         if start is not None:
             self._resume(start)
-        self._drops: set[Drop] = set()
+        self._drops: set[Drop] = set(drops)
+        self._notes: set[str] = set()
         self._num_workers = num_workers
         self._loader = self._open()
         self._messages: Iterator[Message] | None = None
@@ -170,6 +205,8 @@ class ShardLoader:
             message = next(self._messages)
             for drop in message.drops:
                 self._count(drop)
+            for note in message.notes:
+                self._tell(note)
             if message.error is not None:
                 raise DataError(message.error)
             self._cursors[self._next % self._plan.workers] = message.cursor
@@ -200,14 +237,15 @@ class ShardLoader:
     @property
     def position(self) -> dict[str, Any]:
         """Where this rank stands, after the last batch handed out. Plain numbers, lists and dicts; its own."""
-        cursors = [list(cursor) for cursor in self._cursors]
+        cursors = [[*cursor[:3], [list(place) for place in cursor.waiting]] for cursor in self._cursors]
         return {"next": self._next, "epoch": self.epoch, "cursors": cursors, "layout": self._layout()}
 
-    def _layout(self) -> dict[str, int]:
+    def _layout(self) -> dict[str, Any]:
         """What has to be the same for a position to mean the same batches."""
         plan = self._plan
         names = ("seed", "rank", "world_size", "workers", "batch_size", "epoch_batches", "shuffle_buffer")
-        return {"shards": len(plan.shards), **{name: getattr(plan, name) for name in names}}
+        buckets = [list(size) for size in plan.transform.sizes] if isinstance(plan.transform, Buckets) else None
+        return {"shards": len(plan.shards), **{name: getattr(plan, name) for name in names}, "buckets": buckets}
 
     def _resume(self, start: Mapping[str, Any]) -> None:
         here, saved = self._layout(), start["layout"]
@@ -219,13 +257,18 @@ class ShardLoader:
             self._cursors = [Cursor(start["epoch"], 0, 0)] * self._plan.workers
         else:
             self._next = start["next"]
-            self._cursors = [Cursor(*cursor) for cursor in start["cursors"]]
+            self._cursors = [Cursor.read(*cursor) for cursor in start["cursors"]]
 
     def _count(self, drop: Drop) -> None:
         if not any((drop.reason, drop.shard) == (known.reason, known.shard) for known in self._drops):
-            what = f"left out: {drop.reason}, {drop.key or 'the tar itself'} in {drop.shard}"
-            warnings.warn(what, stacklevel=3)
+            warnings.warn(f"left out: {drop}", stacklevel=3)
         self._drops.add(drop)
+
+    def _tell(self, note: str) -> None:
+        kind = note.partition(":")[0]
+        if kind not in self._notes:
+            self._notes.add(kind)
+            warnings.warn(note, stacklevel=3)
 
 
 def _end_workers(messages: Iterator[Message]) -> None:

@@ -11,32 +11,49 @@ from __future__ import annotations
 import glob
 import os
 import pickle
-import tarfile
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
+from controlnet import tar
+
 
 class DataError(ValueError):
     """The data cannot be used as configured; the message names the key, what came and what was expected."""
 
 
+Stamp = tuple[int, int, int, int]  # what tells a file from another that takes its name: device, inode, size, mtime
+
+
 class Sample(NamedTuple):
-    """A whole sample: where the bytes of its members lie."""
+    """A whole sample: where the bytes of its members lie, in the file that had this stamp."""
 
     shard: str
     key: str
     members: dict[str, tuple[int, int]]  # role ("image", "caption", "hint") -> offset, size in bytes
+    stamp: Stamp | None = None
 
 
 class Drop(NamedTuple):
-    """A sample, or with an empty key a shard, that cannot be used."""
+    """A sample, or with an empty key a shard, that cannot be used.
+
+    Attributes:
+        reason: of a short list; drops are counted under it.
+        shard, key: which.
+        detail: what came, such as the extension that was not expected.
+    """
 
     reason: str
     shard: str
     key: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        what = f"{self.reason} ({self.detail})" if self.detail else self.reason
+        return f"{what}, {self.key or 'the tar itself'} in {self.shard}"
 
 
 class ShardIndex(NamedTuple):
@@ -134,12 +151,76 @@ def _expand_braces(pattern: str) -> list[str]:
     return webdataset.shardlists.expand_urls(pattern)
 
 
-@lru_cache(maxsize=16)
+class Stock(NamedTuple):
+    """What a list of shards holds.
+
+    Attributes:
+        shards: those with samples.
+        left_out: those without.
+        samples: whole samples in the shards whose headers were read.
+        drops: what is wrong in them.
+    """
+
+    shards: list[str]
+    left_out: list[str]
+    samples: int
+    drops: list[Drop]
+
+
+def take_stock(
+    paths: Sequence[str], extensions: tuple[tuple[str, str], ...], ignored: tuple[str, ...], *, whole: bool
+) -> Stock:
+    """Which shards hold samples, with a warning about those that hold none.
+
+    Args:
+        paths: of the shards.
+        extensions, ignored: see `index_shard`.
+        whole: read all headers, and count. Otherwise only the first block of each shard is read, which tells an empty
+            or compressed one.
+
+    Raises:
+        DataError: a shard is compressed.
+    """
+    stock = Stock([], [], 0, [])
+    samples = 0
+    for path in paths:
+        if not whole and _starts_with_a_header(path):
+            stock.shards.append(path)
+            continue
+        index = index_shard(path, extensions, ignored)
+        if any(drop.reason == "shard compressed" for drop in index.drops):
+            raise DataError(
+                f"data.train.dataset_path: {path} is compressed ({index.drops[0].detail}); samples are read by their"
+                " place in the file, which needs a plain tar: decompress it, for example with gunzip"
+            )
+        samples += len(index.samples)
+        stock.drops.extend(index.drops)
+        (stock.shards if index.samples else stock.left_out).append(path)
+    if stock.left_out:
+        reason = next((f": {drop}" for drop in stock.drops if drop.shard == stock.left_out[0]), ", which is empty")
+        warnings.warn(
+            f"{len(stock.left_out)} of {len(paths)} shards hold no whole sample and are left out; the first is"
+            f" {stock.left_out[0]}{reason}",
+            stacklevel=3,
+        )
+    return stock._replace(samples=samples)
+
+
+def _starts_with_a_header(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            block = file.read(tar.BLOCK)
+    except OSError:
+        return False
+    return any(block) and tar.compression(block) is None
+
+
 def index_shard(path: str, extensions: tuple[tuple[str, str], ...], ignored: tuple[str, ...] = ()) -> ShardIndex:
     """Find the whole samples of a shard from its headers; no member is read.
 
     A sample is whole when its members stand next to each other, all of them inside the file, exactly one for each role
-    and nothing else. A key that appears in two places is dropped in both.
+    and nothing else. A key that appears in two places is dropped in both. What was found is kept as long as the file
+    stays the same.
 
     Args:
         path: an uncompressed tar.
@@ -149,8 +230,21 @@ def index_shard(path: str, extensions: tuple[tuple[str, str], ...], ignored: tup
     Returns:
         the samples and what was dropped. Never raises for a damaged shard: that is a drop too.
     """
-    headers, size, damage = _read_headers(path)
-    drops = [] if damage is None else [Drop(damage, path, "")]
+    try:
+        stamp = stamp_of(os.stat(path))
+    except OSError as error:
+        return ShardIndex([], [_unreadable(path, error)])
+    return _index(path, extensions, ignored, stamp)
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=16)
+def _index(path: str, extensions: tuple[tuple[str, str], ...], ignored: tuple[str, ...], stamp: Stamp) -> ShardIndex:
+    headers, damage = _read_headers(path)
+    size, drops = stamp[2], [] if damage is None else [damage]
     runs = [(key, list(run)) for key, run in groupby(headers, key=lambda header: header[0])]
     places = Counter(key for key, _ in runs)
     roles, samples = dict(extensions), []
@@ -158,48 +252,56 @@ def index_shard(path: str, extensions: tuple[tuple[str, str], ...], ignored: tup
         members = [header for header in run if header[1] not in ignored]
         if not members:
             continue
-        reason = "key in two places" if places[key] > 1 else _fault(members, roles, size)
-        if reason is None:
-            samples.append(Sample(path, key, {roles[extension]: (at, length) for _, extension, at, length in members}))
+        fault = ("key in two places", "") if places[key] > 1 else _fault(members, roles, size)
+        if fault is None:
+            found = {roles[extension]: (at, length) for _, extension, at, length in members}
+            samples.append(Sample(path, key, found, stamp))
         else:
-            drops.append(Drop(reason, path, key))
+            drops.append(Drop(fault[0], path, key, fault[1]))
     return ShardIndex(samples, drops)
 
 
-def _fault(members: list[tuple[str, str, int, int]], roles: Mapping[str, str], size: int) -> str | None:
-    """Why these members are not a whole sample, or None."""
-    found = Counter(roles.get(extension) for _, extension, _, _ in members)
-    if None in found:
-        return "unexpected member"
-    if max(found.values()) > 1:
-        return "duplicate member"
+index_shard.cache_clear = _index.cache_clear
+
+
+def _fault(members: list[tuple[str, str, int, int]], roles: Mapping[str, str], size: int) -> tuple[str, str] | None:
+    """Why these members are not a whole sample, with what came; None when they are."""
+    unexpected = [extension for _, extension, _, _ in members if extension not in roles]
+    if unexpected:
+        return "unexpected member", f".{unexpected[0]}"
+    found: dict[str, list[str]] = {}
+    for _, extension, _, _ in members:
+        found.setdefault(roles[extension], []).append(f".{extension}")
+    twice = next((extensions for extensions in found.values() if len(extensions) > 1), None)
+    if twice is not None:
+        return "duplicate member", " and ".join(twice[:2])
     missing = [role for role in dict.fromkeys(roles.values()) if role not in found]
     if missing:
-        return f"missing {missing[0]}"
+        return f"missing {missing[0]}", ""
     if any(at + length > size for _, _, at, length in members):
-        return "member cut short"
+        return "member cut short", ""
     return None
 
 
-def _read_headers(path: str) -> tuple[list[tuple[str, str, int, int]], int, str | None]:
-    """The files of a tar as (key, extension, offset, size), the tar's size in bytes, and what is wrong with it."""
-    headers, size = [], 0
+def _read_headers(path: str) -> tuple[list[tuple[str, str, int, int]], Drop | None]:
+    """The files of a tar as (key, extension, offset, size), and what is wrong with it."""
+    headers = []
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                for member in archive:
-                    if member.size < 0:  # the reader would go back, and round and round
-                        return headers, size, "shard damaged"
-                    folder, slash, name = member.name.rpartition("/")
-                    stem, dot, extension = name.partition(".")
-                    if stem and dot and member.isreg() and not member.issparse():
-                        headers.append((folder + slash + stem, extension.lower(), member.offset_data, member.size))
-                # tarfile takes a broken header, or no more bytes, for the end; a real end is a block of zeros.
-                file.seek(archive.offset)
-                whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+            packed = tar.compression(file.read(8))
+            if packed is not None:
+                return [], Drop("shard compressed", path, "", packed)
+            for member in tar.members(file):
+                folder, slash, name = member.name.rpartition("/")
+                stem, dot, extension = name.partition(".")
+                if stem and dot and member.regular:
+                    headers.append((folder + slash + stem, extension.lower(), member.offset, member.size))
     except OSError as error:
-        return headers, size, f"shard unreadable ({error.strerror})" if error.strerror else "shard damaged"
-    except (tarfile.TarError, ValueError, OverflowError, EOFError):
-        return headers, size, "shard damaged"
-    return headers, size, None if whole else "shard damaged"
+        return headers, _unreadable(path, error)
+    except tar.TarDamage as damage:
+        return headers, Drop("shard damaged", path, "", str(damage))
+    return headers, None
+
+
+def _unreadable(path: str, error: OSError) -> Drop:
+    return Drop(f"shard unreadable ({error.strerror})", path, "")

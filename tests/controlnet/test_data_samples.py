@@ -8,12 +8,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from controlnet.data.hints import nearest
 from controlnet.data.samples import BadSample, Resolution, Transform, read_sample
 from controlnet.data.shards import DataError, index_shard
 from tests.controlnet.shard_files import jpeg, members, png, write_tar
 
 FORMATS = {"image": "JPEG", "hint": "PNG"}
 AS_IT_IS = Transform(None, (8, 8), False, 0.0)
+
+
+def saved(image, image_format):
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, lossless=True)
+    return buffer.getvalue()
 
 
 def coordinates(width, height):
@@ -25,8 +32,9 @@ def coordinates(width, height):
 
 
 def transformed(transform, pixels, seed):
-    image, hint = transform(Image.fromarray(pixels), Image.fromarray(pixels), np.random.default_rng(seed))
-    return np.asarray(image).astype(int), np.asarray(hint).astype(int)
+    picture = Image.fromarray(pixels)
+    placement = transform.place(picture.size, np.random.default_rng(seed))
+    return placement.image(picture).astype(int), placement.hint(pixels).astype(int)
 
 
 @pytest.mark.parametrize("random_crop", [False, True])
@@ -77,6 +85,43 @@ def test_flips_come_with_their_probability():
         assert low <= flipped <= high
 
 
+@pytest.mark.parametrize("random_crop", [False, True])
+@pytest.mark.parametrize(("size", "resize"), [((97, 65), 48), ((50, 70), 63), ((33, 47), 67), ((101, 67), 61)])
+def test_only_the_crop_is_resized_and_it_is_that_of_the_whole_resized(size, resize, random_crop):
+    # Half contrast: Pillow clips between the two directions, in an order that depends on the sizes.
+    pixels = np.random.default_rng(0).integers(64, 192, (size[1], size[0], 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    for seed in range(5):
+        placement = Transform(resize, (32, 40), random_crop, 0.0).place(picture.size, np.random.default_rng(seed))
+        assert min(placement.size) == resize
+        whole = picture.resize(placement.size, Image.Resampling.BICUBIC).crop(placement.box)
+        assert np.abs(placement.image(picture).astype(int) - np.asarray(whole)).max() <= 2  # a rounding per direction
+        nearest = picture.resize(placement.size, Image.Resampling.NEAREST).crop(placement.box)
+        assert (placement.hint(pixels) == np.asarray(nearest)).all()
+
+
+def test_time_ids_say_where_a_pixel_of_the_crop_was():
+    """The corner that they name, in the resized and mirrored picture, is the corner of the crop."""
+    pixels = coordinates(96, 64)
+    picture = Image.fromarray(pixels)
+    flips = set()
+    for seed in range(20):
+        placement = Transform(48, (32, 40), True, 0.5).place(picture.size, np.random.default_rng(seed))
+        height, width, top, left, crop_height, crop_width = placement.time_ids(picture.size)
+        assert (height, width, crop_height, crop_width) == (64, 96, 32, 40)
+        resized = nearest(pixels, placement.size, (0, 0, *placement.size))
+        resized = resized[:, ::-1] if placement.flip else resized
+        assert (placement.hint(pixels) == resized[top : top + crop_height, left : left + crop_width]).all()
+        flips.add(placement.flip)
+    assert flips == {True, False}
+
+
+@pytest.mark.parametrize("size", [(60000, 1), (1, 60000), (60000, 2), (30000, 3)])
+def test_a_thread_of_a_picture_is_refused_before_it_is_resized(size):
+    with pytest.raises(BadSample, match=r"^resized, has more than \d+ pixels$"):
+        Transform(512, (512, 512), False, 0.0).place(size, np.random.default_rng(0))
+
+
 @pytest.mark.parametrize(
     ("augmentations", "expected"),
     [
@@ -123,10 +168,71 @@ def test_a_sample_is_read_as_it_was_written(tmp_path):
     red[..., 0] = 255
     hint = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     files = {"jpg": jpeg(red), "txt": "  ein Wäldchen\n".encode(), "png": png(hint)}
-    image, seen, caption = read(tmp_path, files)
+    image, seen, caption, time_ids = read(tmp_path, files)
     assert np.abs(image.astype(int) - red).max() <= 2  # JPEG
     assert (seen == hint).all()
     assert caption == "ein Wäldchen"
+    assert time_ids == (8, 8, 0, 0, 8, 8)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    assert read(tmp_path, {**members(1), "txt": b"\xef\xbb\xbfa red house\r\n"})[2] == "a red house"
+
+
+def test_the_content_says_what_a_picture_is_and_not_its_name(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    image, hint, *_ = read(tmp_path, {"jpg": png(pixels), "txt": b"", "png": saved(Image.fromarray(pixels), "WEBP")})
+    assert (image == pixels).all()
+    assert hint.shape == (8, 8, 3)
+
+
+def exif(orientation):
+    block = Image.Exif()
+    block[0x0112] = orientation
+    return block
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("role", ["jpg", "png"])
+def test_image_and_hint_are_turned_as_their_exif_says(tmp_path, orientation, role):
+    """The stored picture is what turns into the seen one; both sides are compared with the seen one."""
+    seen = np.zeros((8, 12, 3), np.uint8)
+    seen[:4, :6], seen[4:, :6], seen[:4, 6:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's number of the transposition that stores it
+    stored = Image.fromarray(seen)
+    stored = stored if orientation == 1 else stored.transpose(undo[orientation])
+    buffer = io.BytesIO()
+    stored.save(buffer, "PNG", exif=exif(orientation))
+    files = {"jpg": png(seen), "txt": b"", "png": png(seen), role: buffer.getvalue()}
+    image, hint, *_ = read(tmp_path, files, Transform(None, (8, 12), False, 0.0))
+    assert (image == seen).all() and (hint == seen).all()
+
+
+def test_a_hint_made_without_the_exif_of_its_image_is_a_reason_of_its_own(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(coordinates(12, 8)).save(buffer, "JPEG", exif=exif(6))
+    files = {"jpg": buffer.getvalue(), "txt": b"", "png": png(coordinates(12, 8))}
+    with pytest.raises(BadSample, match="^image turned by its EXIF orientation, hint not$"):
+        read(tmp_path, files)
+
+
+def test_sizes_are_compared_before_anything_is_decoded(tmp_path, monkeypatch):
+    large = Image.new("L", (4000, 3000))
+    monkeypatch.setattr(Image.Image, "convert", None)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    with pytest.raises(BadSample, match="^image and hint differ in size$"):
+        read(tmp_path, {**members(1), "png": saved(large, "PNG")})
+
+
+def test_another_file_of_the_shards_name_is_not_read_by_the_old_places(tmp_path):
+    extensions = (("jpg", "image"), ("txt", "caption"), ("png", "hint"))
+    path = write_tar(tmp_path / "one.tar", [(f"key.{extension}", data) for extension, data in members(1).items()])
+    (sample,) = index_shard(str(path), extensions).samples
+    write_tar(tmp_path / "two.tar", [(f"other.{extension}", data) for extension, data in members(2).items()])
+    (tmp_path / "two.tar").replace(path)
+    with pytest.raises(BadSample, match="^shard replaced while it was read$"):
+        read_sample(sample, FORMATS, AS_IT_IS, None, np.random.default_rng(0))
+    assert [found.key for found in index_shard(str(path), extensions).samples] == ["other"]
 
 
 def test_a_hint_of_labels_becomes_rgb(tmp_path):
@@ -139,15 +245,6 @@ def test_a_hint_of_labels_becomes_rgb(tmp_path):
     palette.save(buffer, "PNG")
     colours = np.array([(10, 20, 30), (40, 50, 60), (70, 80, 90)])
     assert (read(tmp_path, {**members(1), "png": buffer.getvalue()})[1] == colours[labels]).all()
-
-
-def saved(image, image_format):
-    buffer = io.BytesIO()
-    image.save(buffer, image_format)
-    return buffer.getvalue()
-
-
-SIXTEEN_BIT = saved(Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000), "PNG")
 
 
 def huge_png():
@@ -165,9 +262,9 @@ def huge_png():
         ({"txt": b"caf\xe9"}, "caption not UTF-8"),
         ({"jpg": b""}, "image not readable"),
         ({"png": b"label map"}, "hint not readable"),
-        ({"png": saved(Image.new("RGB", (8, 8)), "GIF")}, "hint not readable"),  # only what the extension says
-        ({"png": huge_png()}, "hint not readable"),
-        ({"png": SIXTEEN_BIT}, "hint not 8 bits a channel"),
+        ({"png": saved(Image.new("RGB", (8, 8)), "GIF")}, "hint not readable"),  # a format that is not tried
+        ({"png": huge_png()}, r"hint has more than \d+ pixels"),
+        ({"jpg": huge_png()}, r"image has more than \d+ pixels"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_its_reason(tmp_path, damage, reason):
@@ -183,7 +280,7 @@ def test_an_image_smaller_than_the_crop_is_refused(tmp_path):
 def test_an_image_or_hint_cut_anywhere_is_refused_or_whole(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     files = {"jpg": jpeg(pixels), "txt": b"", "png": png(pixels)}
-    image, hint, _ = read(tmp_path, files)
+    image, hint, *_ = read(tmp_path, files)
     for extension in ("jpg", "png"):
         refused = 0
         for length in range(0, len(files[extension]), 3):

@@ -1,5 +1,8 @@
 """Which shards are named, and which whole samples a shard holds, however it is damaged."""
 
+import bz2
+import gzip
+import lzma
 import pickle
 import struct
 import subprocess
@@ -259,11 +262,41 @@ def test_a_header_that_points_backwards_ends_the_shard(tmp_path):
     assert ("shard damaged", "") in reasons(path)
 
 
-@pytest.mark.parametrize("data", [b"", b"\0" * 100, b"text", b"\x1f\x8b\x08" + b"\0" * 600])
+@pytest.mark.parametrize("data", [b"", b"\0" * 100, b"text", b"text" * 200])
 def test_what_is_no_tar_is_one_drop(tmp_path, data):
     (tmp_path / "a.tar").write_bytes(data)
     assert index(tmp_path / "a.tar").samples == []
     assert reasons(tmp_path / "a.tar") == [("shard damaged", "")]
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_compressed_tar_is_one_drop_that_says_so(tmp_path, pack):
+    whole = write_shard(tmp_path / "whole.tar", [1])
+    (tmp_path / "a.tgz").write_bytes(pack(whole.read_bytes()))
+    (drop,) = index(tmp_path / "a.tgz").drops
+    assert (drop.reason, drop.detail) == (
+        "shard compressed",
+        pack.__module__.replace("lzma", "xz").replace("bz2", "bzip2"),
+    )
+
+
+def test_shards_written_one_after_the_other_are_read_on(tmp_path):
+    parts = [write_shard(tmp_path / f"{n}.tar", numbers).read_bytes() for n, numbers in enumerate([(1, 2), (3,)])]
+    (tmp_path / "joined.tar").write_bytes(b"".join(parts))
+    found = index(tmp_path / "joined.tar")
+    assert [content(sample) for sample in found.samples] == [expected(n) for n in (1, 2, 3)]
+    assert found.drops == []
+    (tmp_path / "joined.tar").write_bytes(parts[0] + b"no tar" * 100)
+    assert [sample.key for sample in index(tmp_path / "joined.tar").samples] == ["00001", "00002"]
+    assert reasons(tmp_path / "joined.tar") == [("shard damaged", "")]
+
+
+def test_a_shard_replaced_under_its_name_is_indexed_anew(tmp_path):
+    path = write_shard(tmp_path / "a.tar", [1, 2])
+    before = index_shard(str(path), EXTENSIONS)
+    assert index_shard(str(path), EXTENSIONS) is before
+    write_shard(tmp_path / "b.tar", [3, 4]).replace(path)
+    assert [sample.key for sample in index_shard(str(path), EXTENSIONS).samples] == ["00003", "00004"]
 
 
 def test_a_shard_that_vanished_is_one_drop(tmp_path):

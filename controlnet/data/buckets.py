@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from controlnet.data.images import MAX_PIXELS
 from controlnet.data.samples import Placement, flip_probability, height_and_width, placed
 from controlnet.data.shards import DataError
 
@@ -85,7 +86,7 @@ class Buckets(NamedTuple):
 
 def _of_area(area: Any, step: Any, max_aspect: Any, factor: int) -> tuple[tuple[int, int], ...]:
     """Every (height, width) in steps whose area is at most this one and whose width is the largest such."""
-    if type(area) is not int or type(step) is not int or step < 1 or step % factor:
+    if type(area) is not int or area > MAX_PIXELS or type(step) is not int or step < 1 or step % factor:
         raise DataError(
             f"{_WHERE} has area={area!r} and step={step!r}; expected pixels, the step in multiples of {factor}"
         )

@@ -2,8 +2,8 @@
 
 from controlnet.checkpoints.errors import CheckpointError
 from controlnet.checkpoints.files import read
-from controlnet.checkpoints.load import Report, fill, load_control, load_unet, part_tensors, parts
 from controlnet.checkpoints.sources import Source, resolve
+from controlnet.checkpoints.weights import Report, fill, load_control, load_unet, part_tensors, parts
 
 __all__ = [
     "CheckpointError",

@@ -1,6 +1,5 @@
-"""Any checkpoint, of any layout, as one thing: its parts under the original's names, and their architectures."""
+"""A whole checkpoint, of any layout, as one thing: its parts under the original's names, and their architectures."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,18 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from controlnet.checkpoints import folders, layouts, shapes, vae
+from controlnet.checkpoints import relative, shapes
+from controlnet.checkpoints.contents import open_contents, part_tensors
 from controlnet.checkpoints.errors import CheckpointError
-from controlnet.checkpoints.files import read
-from controlnet.checkpoints.load import compare, listing
-from controlnet.config import nearest
+from controlnet.checkpoints.layouts import MODELS, Contents
+from controlnet.checkpoints.weights import compare, listing, near
 from controlnet.model.architecture import Architecture
 from controlnet.model.controlnet import ControlNet
 from controlnet.model.unet import UNet
 
-MODELS = {"unet": UNet, "control": ControlNet}
-METADATA = "controlnet.heads"  # in a safetensors file that we wrote: what its shapes do not tell, as JSON
-_TEXT = "transformer.text_model."  # where the original has the CLIP text model in its condition stage
+CLASSES = {"unet": UNet, "control": ControlNet}
 _HEADS = {"num_heads", "num_head_channels"}
 _LISTED = 8
 
@@ -32,8 +29,8 @@ class Bundle:
     Attributes:
         path: where it came from.
         layout: "original", "nemo" or "diffusers".
-        parts: of "unet", "control", "first_stage" and "cond_stage" those that are there, each with its tensors under
-            the original's names, without prefix.
+        parts: of "unet", "control", "first_stage", "cond_stage" and "cond_stage_2" those that are there, each with its
+            tensors under the original's names, without prefix.
         extras: the file's other tensors (EMA copies, noise schedules) under its own names, without NeMo's "model.".
         architectures: of the U-Net and of the ControlNet.
     """
@@ -51,31 +48,48 @@ class Bundle:
         return model.requires_grad_(part == "control")
 
 
-def open_bundle(path: str | Path, **params: Any) -> Bundle:
+def open_bundle(path: str | Path, *, base: str | Path | None = None, average: bool = True, **params: Any) -> Bundle:
     """Reads a checkpoint of any layout and checks that its tensors are all those of one architecture, and no others.
 
-    Arguments:
-        path: a file or a diffusers folder, of one model or of a pipeline.
+    Args:
+        path, average: as `open_contents`.
+        base: a checkpoint with the U-Net to which a ControlNet stored as a difference, or a Control-LoRA, is added.
+            A U-Net beside the ControlNet in its own file is the base without saying.
         params: parameters of U-Net and ControlNet that shapes do not tell, num_heads or num_head_channels above all.
-    Raises FileNotFoundError; CheckpointError for everything else.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        CheckpointError: everything else.
     """
-    path = Path(path)
-    contents, known = _contents(path)
-    parts, extras = _parts(contents, str(path))
-    bundle = Bundle(str(path), contents.layout, parts, extras)
-    for part in MODELS.keys() & parts.keys():
+    contents = open_contents(path, average=average)
+    parts = {part: part_tensors(contents, part, str(path)) for part in contents.parts}
+    if contents.relative is not None and "control" in parts:
+        parts["control"] = _absolute(parts, contents.relative, str(path), base)
+    bundle = Bundle(str(path), contents.layout, parts, _extras(contents))
+    for part in MODELS & parts.keys():
         origin = f"{path} ({part})"
-        stated = {} if _HEADS & params.keys() else known.get(part, {})
-        found = shapes.parameters(parts[part], part, origin, **stated, **params)
+        stated = {} if _HEADS & params.keys() else contents.stated.get(part, {})
+        found = shapes.parameters(parts[part], part, origin, **{**stated, **params})
         bundle.architectures[part] = shapes.architecture(found, part, origin)
         check(bundle.architectures[part], part, parts[part], origin)
     return bundle
 
 
+def _absolute(
+    parts: Mapping[str, dict[str, Tensor]], kind: str, origin: str, base: str | Path | None
+) -> dict[str, Tensor]:
+    if base is None and "unet" not in parts:
+        raise relative.refusal(kind, origin)
+    unet = parts["unet"] if base is None else open_bundle(base).parts.get("unet")
+    if unet is None:
+        raise CheckpointError(f"base {base} holds no U-Net; expected the one that {origin} was made for")
+    return relative.absolute(parts["control"], unet, kind, origin)
+
+
 def skeleton(architecture: Architecture, part: str) -> nn.Module:
     """The part's model without memory for its tensors."""
     with torch.device("meta"):
-        return MODELS[part](**vars(architecture))
+        return CLASSES[part](**vars(architecture))
 
 
 def check(architecture: Architecture, part: str, tensors: Mapping[str, Tensor], origin: str) -> None:
@@ -84,7 +98,7 @@ def check(architecture: Architecture, part: str, tensors: Mapping[str, Tensor], 
     compare(wanted, tensors, origin, lambda name: False)
     surplus = [name for name in tensors if name not in wanted]
     if surplus:
-        rows = [f"{name} (nearest in the model: {nearest(name, wanted)})" for name in surplus[:_LISTED]]
+        rows = [name + near(name, wanted, "in the model") for name in surplus[:_LISTED]]
         raise CheckpointError(
             f"{origin} has {len(surplus)} tensors more than its architecture: {listing(rows, surplus)}"
         )
@@ -94,80 +108,8 @@ def check(architecture: Architecture, part: str, tensors: Mapping[str, Tensor], 
         raise CheckpointError(f"{origin} mixes linear layers and 1x1 convolutions: {listing(rows, odd)}")
 
 
-def _contents(path: Path) -> tuple[layouts.Contents, dict[str, dict[str, Any]]]:
-    """The sorted tensors, and by part the parameters that the files state beside them."""
-    subfolders = {part: path / name for part, name in folders.SUBFOLDERS.items() if (path / name).is_dir()}
-    if path.is_dir() and subfolders:
-        return _pipeline(path, subfolders)
-    contents = layouts.sort(read(path))
-    known = _stated(path) if path.is_file() else {}
-    config = folders.read_config(path) if path.is_dir() else None
-    if config is not None:
-        known = {part: folders.heads(config, str(path)) for part in MODELS.keys() & contents.parts.keys()}
-    return contents, known
-
-
-def _pipeline(path: Path, subfolders: Mapping[str, Path]) -> tuple[layouts.Contents, dict[str, dict[str, Any]]]:
-    several = sorted(folder.name for folder in path.glob("controlnet_*") if folder.is_dir())
-    if several:
-        raise CheckpointError(f"{path} has several ControlNets: controlnet, {', '.join(several)}; name one's folder")
-    tensors: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, str]] = {}
-    known = {}
-    for part, folder in subfolders.items():
-        found = read(folder)
-        if part in MODELS:
-            sorted_parts = layouts.sort(found).parts
-            if part not in sorted_parts:
-                raise CheckpointError(f"{folder} holds {', '.join(sorted_parts)}; expected a {part}")
-            config = folders.read_config(folder)
-            known[part] = folders.heads(config, str(folder)) if config is not None else {}
-        tensors |= {f"{folder.name}/{name}": tensor for name, tensor in found.items()}
-        parts[part] = {name: f"{folder.name}/{name}" for name in found}
-    return layouts.Contents("diffusers", parts, tensors), known
-
-
-def _parts(contents: layouts.Contents, origin: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    parts = {}
-    for part, keys in contents.parts.items():
-        tensors = {name: contents.tensors[key] for name, key in keys.items()}
-        if part in MODELS and contents.layout == "diffusers":
-            tensors = shapes.to_original(tensors, part, f"{origin} ({part})")
-        elif part == "first_stage":
-            tensors = vae.to_original(tensors)
-        elif part == "cond_stage":
-            tensors = {_text_name(name): tensor for name, tensor in tensors.items()}
-        parts[part] = tensors
+def _extras(contents: Contents) -> dict[str, Tensor]:
     used = {key for keys in contents.parts.values() for key in keys.values()}
+    used |= {key for key in contents.tensors if relative.kind([key]) is not None}
     prefix = "model." if contents.layout == "nemo" else ""
-    extras = {key.removeprefix(prefix): tensor for key, tensor in contents.tensors.items() if key not in used}
-    return parts, extras
-
-
-def _text_name(name: str) -> str:
-    """The original's name of a CLIP text tensor; releases of transformers differ in a wrapper `text_model`."""
-    bare = name.removeprefix("text_model.")
-    known = bare.startswith(("embeddings.", "encoder.layers.", "final_layer_norm."))
-    return _TEXT + bare if known else name
-
-
-def text_to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The condition stage's CLIP text model under transformers' names; None when it is another encoder (OpenCLIP)."""
-    if not all(name.startswith(_TEXT) for name in tensors):
-        return None
-    return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-
-
-def _stated(path: Path) -> dict[str, dict[str, Any]]:
-    """The heads that a safetensors file of ours states in its metadata."""
-    if path.suffix != ".safetensors":
-        return {}
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get(METADATA)
-    try:
-        stated = json.loads(text) if text else {}
-        return {part: {key: int(value) for key, value in heads.items()} for part, heads in stated.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its metadata {METADATA} is {text!r}; expected heads by part") from error
+    return {key.removeprefix(prefix): tensor for key, tensor in contents.tensors.items() if key not in used}

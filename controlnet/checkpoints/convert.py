@@ -11,7 +11,7 @@ from torch import Tensor
 from controlnet.checkpoints.bundle import Bundle, open_bundle
 from controlnet.checkpoints.errors import CheckpointError
 from controlnet.checkpoints.layouts import PREFIXES, grouped
-from controlnet.checkpoints.load import CONTROL_ONLY, Report
+from controlnet.checkpoints.weights import CONTROL_ONLY, Report, check_finite
 from controlnet.checkpoints.write import write
 from controlnet.model.controlnet import ControlNet
 from controlnet.model.unet import UNet
@@ -55,29 +55,40 @@ class Conversion:
         return text + (rest if self.left_out else "")
 
 
-def load(path: str | Path, **params: Any) -> Loaded:
+def load(path: str | Path, *, base: str | Path | None = None, average: bool = True, **params: Any) -> Loaded:
     """The models in a checkpoint of any known layout, which its keys tell.
 
     Arguments:
         path: an original ControlNet (with or without its U-Net), a Stable Diffusion checkpoint, a NeMo checkpoint in
-            either generation of names, or a diffusers file: .safetensors, .ckpt, .pth, .pt, .bin, .nemo; or a diffusers
-            folder, of a model or a pipeline.
+            either generation of names, or a diffusers file: .safetensors, .ckpt, .pth, .pt, .bin, .nemo; a diffusers
+            folder, of a model or a pipeline, in shards or of a variant (fp16), too; the folder of a training run, whose
+            newest complete checkpoint is taken, or of one checkpoint.
+        base: a checkpoint with the U-Net to which a ControlNet stored as a difference, or a Control-LoRA, is added.
+        average: of a training run, take the averaged weights where it kept them.
         params: parameters of U-Net and ControlNet that the file does not tell.
     Returns `Loaded`. The architecture is read off the tensors' shapes. The one thing that has no shape is the heads:
-        they are those of config.json if there is one, else 8 for models with 1x1 convolutions around their transformers
-        (Stable Diffusion 1), and one for each 64 channels for those with linear layers (Stable Diffusion 2). For others
-        give num_heads or num_head_channels.
+        they are those that the checkpoint states (config.json, our own metadata, a run's configuration), else 8 for
+        models with 1x1 convolutions around their transformers (Stable Diffusion 1), and one for each 64 channels for
+        those with linear layers (Stable Diffusion 2). For others give num_heads or num_head_channels.
     Raises FileNotFoundError; CheckpointError for a damaged or foreign file, mixed layouts, and tensors that are
-        missing, too many or of another shape than the architecture's, which it lists.
+        missing, too many, of another shape than the architecture's or not finite, which it lists.
     """
-    return _loaded(open_bundle(path, **params))
+    return _loaded(open_bundle(path, base=base, average=average, **params))
 
 
-def convert(src: str | Path, dst: str | Path, format: str, **params: Any) -> Conversion:
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    format: str,
+    *,
+    base: str | Path | None = None,
+    average: bool = True,
+    **params: Any,
+) -> Conversion:
     """Writes a checkpoint in another format, bit for bit.
 
     Arguments:
-        src, params: as `load`'s.
+        src, base, average, params: as `load`'s.
         dst: a file (.safetensors; where asked for by name .ckpt, .pth, .pt, .bin, or .nemo for NeMo), or for diffusers
             a new folder with config.json and weights; with subfolders like a pipeline's when there are several parts. A
             file that is there is replaced.
@@ -87,7 +98,7 @@ def convert(src: str | Path, dst: str | Path, format: str, **params: Any) -> Con
         transformers stores split.
     Raises as `load`, and `write.write` for dst and format. After an error nothing is at dst that was not there before.
     """
-    return _written(open_bundle(src, **params), dst, format)
+    return _written(open_bundle(src, base=base, average=average, **params), dst, format)
 
 
 def transfer(
@@ -189,6 +200,8 @@ def _written(bundle: Bundle, dst: str | Path, format: str) -> Conversion:
 
 
 def _loaded(bundle: Bundle) -> Loaded:
+    for part in bundle.architectures:
+        check_finite(bundle.parts[part], f"{bundle.path} ({part})")
     models = {part: bundle.model(part) for part in bundle.architectures}
     matched = [PREFIXES[part] + name for part in models for name in bundle.parts[part]]
     report = Report(bundle.path, bundle.layout, matched, [], list(bundle.extras))

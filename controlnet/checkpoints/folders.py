@@ -12,8 +12,8 @@ from controlnet.checkpoints.errors import CheckpointError
 from controlnet.model.architecture import Architecture, ControlNetArchitecture
 
 CLASSES = {"unet": "UNet2DConditionModel", "control": "ControlNetModel"}
-SUBFOLDERS = {"unet": "unet", "control": "controlnet", "first_stage": "vae", "cond_stage": "text_encoder"}
-WEIGHTS = dict.fromkeys(SUBFOLDERS, "diffusion_pytorch_model.safetensors") | {"cond_stage": "model.safetensors"}
+WEIGHTS = dict.fromkeys(("unet", "control", "first_stage"), "diffusion_pytorch_model.safetensors")
+WEIGHTS |= dict.fromkeys(("cond_stage", "cond_stage_2"), "model.safetensors")
 
 # What this model computes in one way alone. A key that a config.json lacks has diffusers' default, which is served.
 _SERVED: dict[str, tuple[Any, ...]] = {

@@ -6,13 +6,15 @@ The original's names are those of latent-diffusion: `model.diffusion_model.*` (U
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from controlnet.checkpoints import nemo
+from controlnet.checkpoints import nemo, relative
 from controlnet.checkpoints.errors import CheckpointError
 
+MODELS = frozenset({"unet", "control"})
 PREFIXES = {
     "unet": "model.diffusion_model.",
     "control": "control_model.",
@@ -41,19 +43,31 @@ class Contents:
             file's own key. Names of U-Net and ControlNet are the original's, but diffusers' in a diffusers file, whose
             renaming depends on the architecture.
         tensors: the file's tensors under its own keys.
+        stated: for U-Net and ControlNet the parameters that the files state beside the tensors: the attention heads.
+        relative: of a ControlNet whose numbers are to be added to a base: "difference", or "lora" for a Control-LoRA.
     """
 
     layout: str
     parts: Mapping[str, Mapping[str, str]]
     tensors: Mapping[str, Tensor]
+    stated: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    relative: str | None = None
 
     def summary(self) -> str:
         """ "unet 686, first_stage 248": the parts with their number of tensors."""
         return ", ".join(f"{part} {len(names)}" for part, names in self.parts.items()) or "nothing known"
 
 
-def sort(tensors: Mapping[str, Tensor]) -> Contents:
-    """Sorts a checkpoint's tensors into parts; raises CheckpointError for an unknown layout or a mixture of two."""
+def sort(tensors: Mapping[str, Tensor], origin: str) -> Contents:
+    """Sorts a checkpoint's tensors into parts.
+
+    Args:
+        tensors: under the file's own keys.
+        origin: names the file in errors.
+
+    Raises:
+        CheckpointError: an unknown layout, or a mixture of two.
+    """
     parts: dict[str, dict[str, str]] = {}
     diffusers, others, renamed = [], [], False
     # A ControlNet without prefix has the trunk's names beside its own: what looks like a U-Net is its trunk.
@@ -64,21 +78,21 @@ def sort(tensors: Mapping[str, Tensor]) -> Contents:
             continue
         if _is_diffusers(name):
             diffusers.append((part, key))
-        elif part in ("unet", "control"):
+        elif part in MODELS:
             others.append(key)
             original = nemo.to_original(name)
             renamed |= original != name or key.startswith(("model.model.", "model.control_model."))
             name = original
         parts.setdefault(part, {})[name] = key
-    foreign = [key for part, key in diffusers if part in ("unet", "control")]
+    foreign = [key for part, key in diffusers if part in MODELS]
     if foreign and others:
         raise CheckpointError(
-            f"two layouts in one file: {foreign[0]} is a name of diffusers, {others[0]} one of the original"
+            f"{origin} has two layouts in one file: {foreign[0]} is diffusers' name, {others[0]} one of the original"
         )
     if not parts:
-        raise CheckpointError(f"no known layout; the file's names begin {', '.join(sorted(tensors)[:4])}")
+        raise CheckpointError(f"{origin} has no known layout; its names begin {', '.join(sorted(tensors)[:4])}")
     layout = "nemo" if renamed else "diffusers" if diffusers and not others else "original"
-    return Contents(layout, parts, tensors)
+    return Contents(layout, parts, tensors, relative=relative.kind(map(_unwrapped, tensors)))
 
 
 def _unwrapped(key: str) -> str:

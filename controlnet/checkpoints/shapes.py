@@ -8,7 +8,7 @@ the transformers mean Stable Diffusion 2 and its 64 channels per head, 1x1 convo
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from controlnet.checkpoints import diffusers
 from controlnet.checkpoints.errors import CheckpointError
 from controlnet.model.architecture import Architecture, ControlNetArchitecture, UNetArchitecture
 
+T = TypeVar("T")
 SD1_HEADS = 8
 SD2_HEAD_CHANNELS = 64
 ARCHITECTURES = {"unet": UNetArchitecture, "control": ControlNetArchitecture}
@@ -38,12 +39,19 @@ class _Level:
     attentions: int
 
 
-def to_original(tensors: Mapping[str, Tensor], part: str, origin: str) -> dict[str, Tensor]:
-    """A diffusers U-Net's or ControlNet's tensors under the original's names.
+def to_original(
+    tensors: Mapping[str, T], part: str, origin: str, architecture: Architecture | None = None
+) -> dict[str, T]:
+    """A diffusers U-Net's or ControlNet's tensors (or anything by their names) under the original's names.
 
-    Names without counterpart stay as they are. Raises CheckpointError when the names show no encoder, or one whose
-    residual blocks change the resolution: in the original's names these look like any other.
+    Names without counterpart stay as they are. Without the architecture, the names have to tell it.
+
+    Raises:
+        CheckpointError: the names show no encoder, or one whose residual blocks change the resolution: in the
+            original's names these look like any other.
     """
+    if architecture is not None:
+        return _renamed(tensors, diffusers.module_names(architecture))
     levels = []
     while blocks := _count(tensors, f"down_blocks.{len(levels)}.resnets"):
         levels.append((blocks, _count(tensors, f"down_blocks.{len(levels)}.attentions")))
@@ -55,7 +63,11 @@ def to_original(tensors: Mapping[str, Tensor], part: str, origin: str) -> dict[s
             " parameters, then load_unet or load_control"
         )
     hint_blocks = _count(tensors, "controlnet_cond_embedding.blocks")
-    back = {theirs: ours for ours, theirs in _module_names(part, levels, hint_blocks).items()}
+    return _renamed(tensors, _module_names(part, levels, hint_blocks))
+
+
+def _renamed(tensors: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
+    back = {theirs: ours for ours, theirs in names.items()}
     return {diffusers.rename(name, back) or name: tensor for name, tensor in tensors.items()}
 
 
@@ -145,7 +157,7 @@ class _Shapes:
         return shape
 
 
-def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+def _count(tensors: Mapping[str, Any], prefix: str) -> int:
     """One more than the largest number that follows the prefix."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
     return max((int(match[1]) + 1 for name in tensors if (match := pattern.match(name))), default=0)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from controlnet.checkpoints import archive, folders, nemo, shapes, vae
-from controlnet.checkpoints.bundle import METADATA, MODELS, Bundle, text_to_diffusers
+from controlnet.checkpoints.bundle import Bundle
+from controlnet.checkpoints.contents import METADATA, text_to_diffusers
 from controlnet.checkpoints.errors import CheckpointError
-from controlnet.checkpoints.files import PICKLES
-from controlnet.checkpoints.layouts import PREFIXES
+from controlnet.checkpoints.layouts import MODELS, PREFIXES
+from controlnet.checkpoints.sources import PICKLES, SUBFOLDERS
 from controlnet.model.architecture import Architecture
 
 FORMATS = ("original", "diffusers", "nemo", "nemo-1.23")
@@ -35,7 +36,7 @@ def write(bundle: Bundle, dst: str | Path, format: str) -> list[str]:
     _check_target(dst, format)
     if format != "diffusers":
         tensors = _single_file(bundle, format)
-        stated = _metadata(bundle.architectures)
+        stated = heads_metadata(bundle.architectures)
         _atomically(dst, lambda path: _write_file(path, dst.suffix, tensors, stated, _nemo_config(bundle)))
         return []
     parts, left_out = _diffusers_parts(bundle)
@@ -43,7 +44,7 @@ def write(bundle: Bundle, dst: str | Path, format: str) -> list[str]:
         if len(parts) != 1:
             raise CheckpointError(f"{bundle.path} holds {', '.join(parts)}; expected one part for the one file {dst}")
         (tensors, _), *_ = parts.values()
-        stated = _metadata(bundle.architectures)
+        stated = heads_metadata(bundle.architectures)
         _atomically(dst, lambda path: _write_file(path, ".safetensors", tensors, stated, ""))
     else:
         _atomically(dst, lambda path: _write_folders(path, parts))
@@ -100,7 +101,7 @@ def _write_folders(path: Path, parts: Mapping[str, tuple[dict[str, Tensor], dict
     path.mkdir()
     alone = len(parts) == 1
     for part, (tensors, config) in parts.items():
-        folder = path if alone else path / folders.SUBFOLDERS[part]
+        folder = path if alone else path / SUBFOLDERS[part]
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _save_safetensors(folder / folders.WEIGHTS[part], tensors, {})
@@ -132,7 +133,8 @@ def _save_safetensors(path: Path, tensors: Mapping[str, Tensor], stated: dict[st
     save_file(separate, path, metadata={"format": "pt", **stated})
 
 
-def _metadata(architectures: Mapping[str, Architecture]) -> dict[str, str]:
+def heads_metadata(architectures: Mapping[str, Architecture]) -> dict[str, str]:
+    """The metadata of a safetensors file that states each part's attention heads, which no shape tells."""
     if not architectures:
         return {}
     return {METADATA: json.dumps({part: _heads(architecture) for part, architecture in architectures.items()})}

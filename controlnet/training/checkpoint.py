@@ -20,6 +20,7 @@ import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from controlnet.checkpoints.runs import (
     prune,
     write,
 )
+from controlnet.checkpoints.write import heads_metadata
 from controlnet.config import ConfigError
 from controlnet.model.controlled import ControlledUNet
 from controlnet.training.optim import trainable_tensors
@@ -57,8 +59,10 @@ def prefixed(name: str) -> str:
     return {"control": CONTROL_PREFIX, "unet": UNET_PREFIX}[part] + rest
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, stated: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Writes a safetensors file; `stated` is metadata beside the tensors."""
+    cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(cpu, path, metadata={"format": "pt", **stated})
 
 
 def model_files(model: ControlledUNet) -> dict[str, Callable[[Path], None]]:
@@ -66,7 +70,10 @@ def model_files(model: ControlledUNet) -> dict[str, Callable[[Path], None]]:
 
     def part(name: str) -> Callable[[Path], None]:
         module = getattr(model, name)
-        return lambda path: save_tensors({prefixed(f"{name}.{k}"): v for k, v in module.state_dict().items()}, path)
+        stated = heads_metadata({name: module.arch})
+        return lambda path: save_tensors(
+            {prefixed(f"{name}.{k}"): v for k, v in module.state_dict().items()}, path, stated
+        )
 
     files = {"control.safetensors": part("control")}
     if not model.sd_locked:

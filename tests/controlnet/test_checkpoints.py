@@ -218,9 +218,9 @@ def test_transformer_engine_names_are_refused():
 def test_mixed_and_unknown_layouts():
     mixed = prefixed("model.diffusion_model.", unet()) | {"model.diffusion_model.down_blocks.0.x": torch.ones(1)}
     with pytest.raises(CheckpointError, match=r"two layouts.*down_blocks"):
-        layouts.sort(mixed)
+        layouts.sort(mixed, "x")
     with pytest.raises(CheckpointError, match=r"no known layout.*layer4\.conv"):
-        layouts.sort({"layer4.conv.weight": torch.ones(1)})
+        layouts.sort({"layer4.conv.weight": torch.ones(1)}, "x")
 
 
 # U-Net

@@ -1,17 +1,17 @@
 """Puts a checkpoint's tensors into a U-Net or a ControlNet, and says what matched, what is new and what was unused."""
 
+import difflib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from controlnet.checkpoints import diffusers, layouts, vae
+from controlnet.checkpoints import layouts, relative, vae
+from controlnet.checkpoints.contents import model_keys, open_contents
 from controlnet.checkpoints.errors import CheckpointError
-from controlnet.checkpoints.files import read
-from controlnet.config import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +49,12 @@ def load_unet(unet: nn.Module, path: str | Path, from_nemo: bool | None = None) 
 
     Arguments:
         unet: `UNet`.
-        path: .safetensors, .ckpt, .pth, .pt, .bin, or a diffusers folder (of the U-Net, or of the pipeline).
+        path: what `sources.resolve` takes.
         from_nemo: what the configuration says of the file. The file's own names decide; a contradiction is logged.
     Raises CheckpointError when a tensor is missing or has another shape, or the file holds no U-Net.
     """
-    contents = _open(path, "unet", from_nemo)
-    return _load(unet, contents, "unet", path, lambda name: False)
+    contents = _opened(path, "unet", from_nemo)
+    return _filled(unet, contents, "unet", path, lambda name: False)
 
 
 def load_control(
@@ -70,15 +70,15 @@ def load_control(
     Raises CheckpointError when a tensor of encoder or middle block is missing or has another shape, when one of a
         trained ControlNet is missing, or the file holds no such part.
     """
-    contents = _open(path, source or "control", from_nemo)
+    contents = _opened(path, source or "control", from_nemo)
     if source is None:
         source = "control" if "control" in contents.parts else "unet"
-    return _load(control, contents, source, path, lambda name: source == "unet" and name.startswith(CONTROL_ONLY))
+    return _filled(control, contents, source, path, lambda name: source == "unet" and name.startswith(CONTROL_ONLY))
 
 
 def parts(path: str | Path) -> list[str]:
     """Which of "unet", "control", "first_stage" and "cond_stage" a file holds."""
-    return list(layouts.sort(read(path)).parts)
+    return list(open_contents(path).parts)
 
 
 def part_tensors(path: str | Path, part: str) -> dict[str, Tensor]:
@@ -88,7 +88,7 @@ def part_tensors(path: str | Path, part: str) -> dict[str, Tensor]:
         part: "first_stage" or "cond_stage".
     Raises CheckpointError when the file has no such part.
     """
-    contents = _open(path, part, None)
+    contents = _opened(path, part)
     if part not in contents.parts:
         raise CheckpointError(f"{path} holds {contents.summary()}; expected a {part}")
     tensors = {name: contents.tensors[key] for name, key in contents.parts[part].items()}
@@ -99,10 +99,11 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], origin: str, optional
     """Copies tensors into a module's parameters and buffers; returns the names of those that had none to take.
 
     A tensor [C, C, 1, 1] and one [C, C] of the same numbers are taken for each other (1x1 convolution and linear).
-    Raises CheckpointError, listing names and shapes, before anything is changed.
+    Raises CheckpointError, listing names and shapes, before anything is changed; so it does for NaN and infinity.
     """
     wanted = module.state_dict()
     missing = compare(wanted, tensors, origin, optional)
+    check_finite({name: tensors[name] for name in wanted if name in tensors}, origin)
     with torch.no_grad():
         for name, tensor in wanted.items():
             if name in tensors:
@@ -118,11 +119,7 @@ def compare(
     required = [name for name in missing if not optional(name)]
     if required:
         unused = [name for name in tensors if name not in wanted]
-        rows = [
-            f"{name} {list(wanted[name].shape)}"
-            + (f" (nearest in the file: {nearest(name, unused)})" if unused else "")
-            for name in required[:_LISTED]
-        ]
+        rows = [f"{name} {list(wanted[name].shape)}" + near(name, unused, "in the file") for name in required[:_LISTED]]
         raise CheckpointError(f"{origin} lacks {len(required)} of {len(wanted)} tensors: {listing(rows, required)}")
     wrong = [
         f"{name} is {list(tensors[name].shape)}, expected {list(tensor.shape)}"
@@ -135,6 +132,30 @@ def compare(
             f" {listing(wrong[:_LISTED], wrong)}"
         )
     return missing
+
+
+def check_finite(tensors: Mapping[str, Tensor], origin: str) -> None:
+    """CheckpointError, listing names, for tensors with NaN or infinity in them."""
+    wrong = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    if wrong:
+        raise CheckpointError(
+            f"{origin} has values that are not finite (NaN or infinity) in {len(wrong)} of {len(tensors)} tensors:"
+            f" {listing(wrong[:_LISTED], wrong)}; the file is damaged, or the model was when it was saved"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    # one pass without a copy; the float8 types know no such reduction
+    low, high = (tensor.float() if tensor.element_size() == 1 else tensor).aminmax()
+    return bool(low.isfinite() and high.isfinite())
+
+
+def near(name: str, known: Iterable[str], where: str) -> str:
+    """ " (nearest in the file: NAME)" for a name that a slip of the hand may have made of another; "" without one."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
+    return f" (nearest {where}: {found[0]})" if found else ""
 
 
 def listing(rows: list[str], everything: list[str]) -> str:
@@ -150,25 +171,22 @@ def _same_numbers(found: torch.Size, expected: torch.Size) -> bool:
     return len(shorter) == 2 and longer == (*shorter, *(1,) * (len(longer) - 2))
 
 
-def _open(path: str | Path, part: str, from_nemo: bool | None) -> layouts.Contents:
-    path = Path(path)
-    folder = path / {"unet": "unet", "control": "controlnet", "first_stage": "vae"}.get(part, "text_encoder")
-    contents = layouts.sort(read(folder if folder.is_dir() else path))
+def _opened(path: str | Path, part: str, from_nemo: bool | None = None) -> layouts.Contents:
+    contents = open_contents(path, part)
     if from_nemo is not None and from_nemo != (contents.layout == "nemo"):
         logger.info("%s: from_NeMo is %s, but the names in it are %s; read as such", path, from_nemo, contents.layout)
     return contents
 
 
-def _load(
+def _filled(
     module: nn.Module, contents: layouts.Contents, part: str, path: str | Path, optional: Callable[[str], bool]
 ) -> Report:
     if part not in contents.parts:
         what = {"unet": "a U-Net", "control": "a ControlNet"}[part]
         raise CheckpointError(f"{path} holds {contents.summary()}; expected {what}")
-    keys = contents.parts[part]
-    if contents.layout == "diffusers":
-        names = {theirs: ours for ours, theirs in diffusers.module_names(module.arch).items()}
-        keys = {diffusers.rename(name, names) or name: key for name, key in keys.items()}
+    if part == "control" and contents.relative is not None:
+        raise relative.refusal(contents.relative, str(path))
+    keys = model_keys(contents, part, str(path), module.arch)
     new = fill(module, {name: contents.tensors[key] for name, key in keys.items()}, str(path), optional)
     wanted = module.state_dict()
     used = {key for name, key in keys.items() if name in wanted}

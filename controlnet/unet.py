@@ -1,0 +1,3 @@
+"""The U-Net, by its former path; it is `controlnet.model.unet`."""
+
+from controlnet.model.unet import *  # noqa: F403

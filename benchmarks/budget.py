@@ -6,12 +6,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cnkernels.timing import Interrupted
+
 NOT_REACHED = "not reached within the budget"
 AGAIN = 5.0  # seconds after which a provider that caught the first interruption is interrupted again
 
 
-class OverBudget(BaseException):
-    """Raised inside a provider that took too long. No Exception: autotuners catch those and try the next candidate."""
+class OverBudget(Interrupted):
+    """Raised inside a provider that took too long."""
 
 
 class Budget:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import timing
 from benchmarks.budget import Budget, OverBudget
+from cnkernels import timing
 from controlnet.model.controlled import ControlledUNet
 from controlnet.model.controlnet import ControlNet
 from controlnet.model.diffusion import DiffusionLoss, NoiseSchedule

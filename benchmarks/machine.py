@@ -3,23 +3,17 @@
 import datetime
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import timing
+from cnkernels import machine as here
+from cnkernels import timing
+from cnkernels.machine import version
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-def version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _output(*command: str) -> str | None:
@@ -29,21 +23,14 @@ def _output(*command: str) -> str | None:
         return None
 
 
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"
-
-
 def describe(device: torch.device) -> dict[str, Any]:
     """Everything a row must carry to be compared with another: device, driver, versions, commit, date."""
     cuda = device.type == "cuda"
     commit, changed = _output("git", "rev-parse", "HEAD"), _output("git", "status", "--porcelain")
     return {
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
-        "processor": _processor(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
+        "processor": here.processor(),
+        "driver": here.driver() if cuda else None,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "triton", "diffusers", "xformers", "flash-attn", "liger-kernel")},

@@ -10,10 +10,9 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 import cnkernels
-from benchmarks import timing
 from benchmarks.budget import Budget, OverBudget
 from benchmarks.ops import Case
-from cnkernels import dispatch
+from cnkernels import dispatch, timing
 
 # A provider whose error is more than this many times eager PyTorch's computes something else.
 WRONG = 8.0

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from cnkernels import extension, tuning, variables
+from cnkernels import extension, findings, variables
 
 OPS = ("attention", "group_norm_silu", "zero_conv_add", "geglu")
 BACKENDS = ("triton", "cuda", "aten", "reference")  # `auto` tries them in this order, but for what was measured
@@ -124,16 +124,22 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, hea
 
 
 def select(
-    op: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None, size: int | None = None
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int | None = None,
+    size: int | None = None,
+    direction: str = "forward",
 ) -> str:
     """The name of the backend that serves such a call.
 
-    Forced: that one, or a ValueError that says why it cannot. "auto": on a CPU the first of `ON_CPU` that can;
-    elsewhere the one that was measured to be fastest for calls like it (`cnkernels.tuning`), or else the first of
-    `BACKENDS` that can.
+    Forced: that one, or a ValueError that says why it cannot. "auto": the one that was measured to be fastest for calls
+    like it (`cnkernels.findings`), else on a CPU the first of `ON_CPU` that can, elsewhere the first of `BACKENDS`;
+    but none that a check found wrong, as long as another can.
 
     Args:
-        size: elements of the first input, where it is known.
+        size: `size_of` the call, where it is known.
+        direction: "forward" or "backward".
     """
     forced = current()
     if forced != "auto":
@@ -142,13 +148,32 @@ def select(
             raise ValueError(f"{op}: backend {forced!r} is forced, but {reason}")
         return forced
     order = ON_CPU if device.type == "cpu" else BACKENDS
-    if device.type == "cuda" and size is not None:
-        measured = tuning.measured(op, device, dtype, size, head_dim)
-        order = order if measured is None else (measured, *order)
-    return next(name for name in order if why_not(op, name, device, dtype, head_dim) is None)
+    entry = None if size is None else findings.measured(op, device, dtype, size, head_dim, direction)
+    order = order if entry is None else (entry["backend"], *order)
+    serving = [name for name in order if why_not(op, name, device, dtype, head_dim) is None]
+    return next((name for name in serving if not findings.wrong(op, name, device, dtype)), serving[-1])
 
 
-def implementation(op: str, x: torch.Tensor, head_dim: int | None = None) -> ModuleType:
-    """The module of kernels that serves a call of `op` on `x`: it has `<op>_fwd` and `<op>_bwd`."""
-    name = select(op, x.device, x.dtype, head_dim, x.numel())
+def size_of(op: str, x: torch.Tensor, other: torch.Tensor | None = None) -> int:
+    """What the time of a call depends on, as one number: elements of x; for attention, of q times the keys of k."""
+    return x.numel() * other.shape[1] if op == "attention" else x.numel()
+
+
+def implementation(
+    op: str,
+    x: torch.Tensor,
+    other: torch.Tensor | None = None,
+    *,
+    head_dim: int | None = None,
+    direction: str = "forward",
+) -> ModuleType:
+    """The module of kernels that serves a call of `op`: it has `<op>_fwd` and `<op>_bwd`.
+
+    Args:
+        x: the first input.
+        other: the second, which attention wants: k.
+        head_dim: of attention.
+        direction: "forward" or "backward".
+    """
+    name = select(op, x.device, x.dtype, head_dim, size_of(op, x, other), direction)
     return importlib.import_module(f"cnkernels.{op}.{_MODULES[name]}")

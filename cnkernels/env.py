@@ -1,6 +1,8 @@
 """The report `python -m cnkernels.env`: what is installed, what each op would use here, and why."""
 
+import collections
 import platform
+import statistics
 from importlib import metadata
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "omegaconf", "webdataset", "diffusers", "transformers")
@@ -29,29 +31,48 @@ def _devices() -> list[str]:
 
 
 def _choices() -> list[str]:
+    """What each op would use here, why, and what can be done about it."""
     import torch
 
-    from cnkernels import dispatch, tuning
+    from cnkernels import cache, dispatch, findings, machine
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lines = []
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_name(device)
-        file = tuning.file_name(gpu)
-        found = "is used" if tuning.table(gpu) else "is not there: the first backend below that can serve a call does"
-        lines.append(f"measured     cnkernels/tuning/{file} {found}")
+    record = findings.record(device)
+    checked = record["checked"]
+    lines = [f"cache        {cache.path(machine.identity(device))}"]
+    lines.append(f"checked      {checked['date'] if checked else 'never on this machine: python -m cnkernels.check'}")
+    lines += [
+        f"wrong        {f['op']}, {f['backend']}, {f['dtype']}: {f['fault']} ({f['case']})" for f in record["faults"]
+    ]
+    if not record["choices"]:
+        lines.append("measured     nothing on this machine: python -m cnkernels.tune")
     reasons: dict[str, None] = {}  # an ordered set: one reason holds for many ops and dtypes
     for op in dispatch.OPS:
         dtypes: dict[str, list[str]] = {}
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            chosen = dispatch.select(op, device, dtype)
-            dtypes.setdefault(chosen, []).append(str(dtype).removeprefix("torch."))
+            name = str(dtype).removeprefix("torch.")
+            chosen, why = dispatch.select(op, device, dtype), _measured(record, op, name)
+            served = [b for b in dispatch.BACKENDS if dispatch.why_not(op, b, device, dtype) is None]
+            why = why or ("the only choice" if len(served) == 1 else f"by rule, of {', '.join(served)}")
+            dtypes.setdefault(f"{chosen} ({why})", []).append(name)
             for backend in dispatch.BACKENDS:
                 reason = dispatch.why_not(op, backend, device, dtype)
                 if backend != chosen and reason:
                     reasons[f"not {backend:<8} {reason}"] = None
-        lines += [f"{op:<16} {device.type} -> {chosen:<10} {', '.join(names)}" for chosen, names in dtypes.items()]
+        lines += [f"{op:<16} {device.type} {', '.join(names)}: {what}" for what, names in dtypes.items()]
     return lines + list(reasons)
+
+
+def _measured(record: dict, op: str, dtype: str) -> str | None:
+    """Where the op was measured in this dtype: how often each backend was the fastest, by how much, and when."""
+    entries = [entry for entry in record["choices"].get(op, []) if entry["dtype"] == dtype]
+    if not entries:
+        return None
+    wins = collections.Counter(entry["backend"] for entry in entries)
+    gains = [sorted(entry["seconds"].values()) for entry in entries if len(entry["seconds"]) > 1]
+    by = f", {statistics.median(g[1] / g[0] for g in gains):.2f} times as fast as the next" if gains else ""
+    which = ", ".join(f"{backend} for {count}" for backend, count in wins.most_common())
+    return f"measured for {len(entries)} calls: {which}{by}; {max(entry['date'] for entry in entries)[:10]}"
 
 
 def report() -> str:

@@ -1,12 +1,15 @@
 """What every test starts from."""
 
 import os
+import tempfile
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which any test file may do
+# A folder that is not there: what was found out on this machine decides nothing in a test.
+os.environ["CNKERNELS_CACHE"] = os.path.join(tempfile.gettempdir(), f"cnkernels-of-no-test-{os.getpid()}")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

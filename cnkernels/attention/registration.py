@@ -39,7 +39,7 @@ def _plan_forward(q, k, v, scale):
         return _fake_forward
     if not _all_adjacent(q, k, v):  # kernels take any other stride
         return lambda q, k, v, scale: forward(*map(layout.adjacent, (q, k, v)), scale)
-    kernels = dispatch.implementation(_NAME, q, head_dim=q.shape[3])
+    kernels = dispatch.implementation(_NAME, q, k, head_dim=q.shape[3])
     return plans.of_backend(kernels, "attention_fwd", q, k, v, scale)
 
 
@@ -66,7 +66,7 @@ def _plan_backward(dout, q, k, v, out, lse, scale, need):
         return _zeros
     if not _all_adjacent(dout, q, k, v):
         return lambda dout, q, k, v, *rest: backward(*map(layout.adjacent, (dout, q, k, v)), *rest)
-    kernels = dispatch.implementation(_NAME, q, head_dim=q.shape[3])
+    kernels = dispatch.implementation(_NAME, q, k, head_dim=q.shape[3], direction="backward")
     return plans.of_backend(kernels, "attention_bwd", dout, q, k, v, out, lse, scale, need)
 
 

@@ -50,7 +50,9 @@ def _plan_backward(dout, projected):
     adjacent = tuple(map(layout.adjacent, given))
     if any(a is not b for a, b in zip(adjacent, given, strict=True)):
         return lambda *given: backward(*map(layout.adjacent, given))
-    return plans.of_backend(dispatch.implementation(_NAME, projected), "geglu_bwd", dout, projected)
+    return plans.of_backend(
+        dispatch.implementation(_NAME, projected, direction="backward"), "geglu_bwd", dout, projected
+    )
 
 
 def _fake_backward(dout, projected):

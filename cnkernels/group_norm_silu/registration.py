@@ -76,7 +76,7 @@ def _plan_backward(dy, x, groups, weight, bias, mean, rstd, activation, addend, 
     if not _readable(x, weight, bias, addend) or layout.match(dy, x) is not dy:
         return _backward_of_copies
     return plans.of_backend(
-        dispatch.implementation(_NAME, x),
+        dispatch.implementation(_NAME, x, direction="backward"),
         "group_norm_silu_bwd",
         *(dy, x, groups, weight, bias, mean, rstd, activation, addend, need),
     )

@@ -40,9 +40,9 @@ def _validate(layers: Sequence[tuple]) -> None:
         expect(x.device == first.device, name, "x", f"on the first layer's device, {first.device}", x.device)
 
 
-def _kernels(xs: Iterable[Tensor]) -> ModuleType:
+def _kernels(xs: Iterable[Tensor], direction: str = "forward") -> ModuleType:
     """Those that serve the largest layer serve the group."""
-    return dispatch.implementation(_OP, max(xs, key=Tensor.numel))
+    return dispatch.implementation(_OP, max(xs, key=Tensor.numel), direction=direction)
 
 
 def _of_layers(layers: Sequence[tuple], tensors: int) -> tuple:
@@ -157,7 +157,7 @@ def backward(rows: Sequence[tuple]) -> list[tuple[Tensor | None, ...]]:
 
 
 def _plan_backward(rows: Sequence[tuple]) -> Callable[[Sequence[tuple]], list[tuple[Tensor | None, ...]]]:
-    kernels = _kernels(registration.backward_call_of(*row)[1] for row in rows)
+    kernels = _kernels((registration.backward_call_of(*row)[1] for row in rows), "backward")
     together = getattr(kernels, f"{_NAME}_bwd", None)
     if together is None:
         alone = [registration.plan_backward(*row, kernels) for row in rows]

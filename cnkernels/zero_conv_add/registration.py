@@ -211,7 +211,7 @@ def plan_backward(dout, x, weight, bias, scale, factor, channels_last, need, ker
     call = backward_call_of(dout, x, weight, bias, scale, factor, channels_last, need)
     if is_empty(call) or weight.is_meta:
         return lambda *given: zero_gradients(backward_call_of(*given), given[4], need)
-    kernels = dispatch.implementation(_NAME, call[1]) if kernels is None else kernels
+    kernels = dispatch.implementation(_NAME, call[1], direction="backward") if kernels is None else kernels
     run = plans.of_backend(kernels, "zero_conv_add_bwd", *call)
 
     def of_any(dout, x, weight, bias, scale, factor, channels_last, need):

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import gate, measure, ops, peers, report, run, timing
+from benchmarks import gate, measure, ops, peers, report, run
 from benchmarks.budget import NOT_REACHED, Budget, OverBudget
+from cnkernels import timing
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -40,7 +40,9 @@ def test_a_gpu_gets_the_first_backend_that_can(ampere):
 
 
 def test_a_measured_table_is_followed_where_its_backend_can_serve(ampere, monkeypatch):
-    entries = [{"dtype": "float16", "head_dim": d, "size": 1000, "backend": "cuda"} for d in (40, 48)]
+    entries = [
+        {"dtype": "float16", "head_dim": d, "direction": "forward", "size": 1000, "backend": "cuda"} for d in (40, 48)
+    ]
     monkeypatch.setattr(tuning, "table", lambda gpu: {"attention": entries})
     with cnkernels.backend("auto"):
         assert dispatch.select("attention", GPU, torch.float16, head_dim=40, size=900) == "cuda"

@@ -14,9 +14,12 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.budget import OverBudget
-
 Run = Callable[[int], object]
+
+
+class Interrupted(BaseException):
+    """Raised inside a run that takes too long. No Exception: autotuners catch those and try the next candidate."""
+
 
 GRAPH_BELOW = 100e-6  # seconds
 ROUNDS = 15  # how often the providers take turns
@@ -102,7 +105,7 @@ def time_together(
         device: where they run.
         sets: number of input sets; run(i) is called with i in [0, sets).
         rounds: turns of each provider.
-        limit: entered around the warm-up of each run, to interrupt one that takes too long (`Budget.provider`).
+        limit: entered around the warm-up of each run, to interrupt one that takes too long, by `Interrupted`.
     """
     results: dict[str, Timing | str] = {}
     clocks: dict[str, _Clock] = {}
@@ -112,7 +115,7 @@ def time_together(
             try:
                 with limit():
                     clocks[name] = _Clock(run, sets, device, _warm_up(run, sets, device))
-            except (Exception, OverBudget) as error:  # a peer may fail in any way at all; its row says how
+            except (Exception, Interrupted) as error:  # a peer may fail in any way at all; its row says how
                 results[name] = reason(error)
         seconds: dict[str, list[float]] = {name: [] for name in clocks}
         gc.collect()
@@ -165,7 +168,7 @@ def peak_memory(run: Run, device: torch.device) -> int | None:
 
 def reason(error: BaseException) -> str:
     """What the row of a provider that failed says."""
-    if isinstance(error, OverBudget):
+    if isinstance(error, Interrupted):
         return str(error)
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 

@@ -1,0 +1,106 @@
+"""Which backend is fastest on this machine: `python -m cnkernels.tune`, or `tune` for calls that were recorded."""
+
+import datetime
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+
+from cnkernels import cache, findings, machine, timing
+from cnkernels.tune.calls import MODELS, Call, of_model, record
+from cnkernels.tune.timings import measure
+
+__all__ = ["MODELS", "Call", "of_model", "record", "tune"]
+
+logger = logging.getLogger(__name__)
+
+
+def missing(calls: Sequence[Call], device: torch.device) -> list[Call]:
+    """Those of the calls that were not measured on this machine yet, for the very size."""
+    known = {
+        (op, entry["dtype"], entry["head_dim"], entry["direction"], entry["size"])
+        for op, entries in findings.record(device)["choices"].items()
+        for entry in entries
+    }
+
+    def measured(call: Call) -> bool:
+        directions = ("forward", "backward") if any(call.gradients) else ("forward",)
+        return all((call.op, _dtype(call), call.head_dim, d, call.size) in known for d in directions)
+
+    return [call for call in calls if not measured(call)]
+
+
+def tune(
+    calls: Sequence[Call],
+    device: torch.device,
+    *,
+    rounds: int = timing.ROUNDS,
+    progress: Callable[[int, int, Call], None] = lambda done, count, call: None,
+) -> list[dict]:
+    """Measures every backend on each call, and keeps what is fastest in the user's cache, from where `auto` takes it.
+
+    What was measured before an interruption is kept.
+
+    Args:
+        calls: as `record` or `of_model` gives them.
+        device: where they run.
+        rounds: turns of each backend.
+        progress: called with (number done, of how many, the call) before each.
+
+    Returns:
+        The new entries: {"op", "dtype", "head_dim", "direction", "size", "backend", "seconds": {backend: s}, "date"}.
+    """
+    identity, made = machine.identity(device), []
+    try:
+        for number, call in enumerate(calls):
+            progress(number, len(calls), call)
+            entries = _measured(call, device, rounds)
+            made += entries
+            cache.update(identity, lambda kept, entries=entries: _replace(kept, entries))
+    finally:
+        findings.forget()
+    return made
+
+
+def _measured(call: Call, device: torch.device, rounds: int) -> list[dict]:
+    try:
+        results = measure(call, device, rounds)
+    except torch.OutOfMemoryError:
+        logger.warning("%s is not measured: the device has too little free memory", call)
+        return []
+    entries = []
+    for direction, timings in results.items():
+        seconds = {name: t.median for name, t in timings.items() if isinstance(t, timing.Timing)}
+        for name, reason in timings.items():
+            if isinstance(reason, str):
+                logger.warning("%s, %s, on %s failed: %s", call, direction, name, reason)
+        if seconds:
+            entries.append(
+                {
+                    "op": call.op,
+                    "dtype": _dtype(call),
+                    "head_dim": call.head_dim,
+                    "direction": direction,
+                    "size": call.size,
+                    "backend": min(seconds, key=seconds.get),
+                    "seconds": seconds,
+                    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                }
+            )
+    return entries
+
+
+def _dtype(call: Call) -> str:
+    return str(call.first.dtype).removeprefix("torch.")
+
+
+def _replace(record: cache.Record, entries: Sequence[dict]) -> None:
+    """Puts entries in the place of older ones of the same calls."""
+    for entry in entries:
+        kept = record["choices"].setdefault(entry["op"], [])
+        kept[:] = [old for old in kept if _key(old) != _key(entry)]
+        kept.append({name: value for name, value in entry.items() if name != "op"})
+
+
+def _key(entry: dict) -> tuple:
+    return entry["dtype"], entry["head_dim"], entry["direction"], entry["size"]

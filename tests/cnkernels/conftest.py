@@ -7,10 +7,42 @@ import torch
 
 from cnkernels import extension, plans
 from cnkernels.check import emulation
-from tests.cnkernels import host_build
+from tests.cnkernels import failures, host_build
 
-if not torch.cuda.is_available() and host_build.COMPILER is not None:
-    extension.load_host(host_build.build())
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "cuda: launches the CUDA kernels, on a CPU by the build that executes them there"
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    report = yield
+    if report.when == "call" and report.failed and hasattr(report.longrepr, "addsection"):
+        report.longrepr.addsection("to run this test alone", failures.how_to_repeat(item))
+    return report
+
+
+@pytest.fixture(scope="session")
+def cuda_kernels_absent() -> str | None:
+    """Why the CUDA kernels cannot run here. On a CPU their build takes a minute: only tests of theirs wait for it."""
+    if torch.cuda.is_available():
+        return extension.why_absent()
+    if host_build.COMPILER is None:
+        return "needs a C++ compiler"
+    if extension.why_host_absent():
+        extension.load_host(host_build.build())
+    return None
+
+
+@pytest.fixture(autouse=True)
+def cuda_kernels(request: pytest.FixtureRequest) -> None:
+    """Loads the CUDA kernels for a test that is marked so."""
+    if request.node.get_closest_marker("cuda"):
+        reason = request.getfixturevalue("cuda_kernels_absent")
+        if reason is not None:
+            pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)

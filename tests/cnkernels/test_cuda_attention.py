@@ -12,9 +12,7 @@ from tests.cnkernels import harness, host_build
 from tests.cnkernels.harness import DEVICE
 from tests.cnkernels.test_attention import LAYOUTS, eager, fused, inputs
 
-pytestmark = pytest.mark.skipif(
-    extension.module_for(DEVICE) is None, reason=extension.why_host_absent() or "no CUDA extension"
-)
+pytestmark = pytest.mark.cuda
 
 HALVES = (torch.float16, torch.bfloat16)
 LENGTHS = [  # Sq, Sk

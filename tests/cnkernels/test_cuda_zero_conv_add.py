@@ -9,9 +9,7 @@ from tests.cnkernels import harness
 from tests.cnkernels.harness import DEVICE, randn
 from tests.cnkernels.test_zero_conv_add import eager, fused, inputs, reductions
 
-pytestmark = pytest.mark.skipif(
-    extension.module_for(DEVICE) is None, reason=extension.why_host_absent() or "no CUDA extension"
-)
+pytestmark = pytest.mark.cuda
 
 SIZES = [(32, 32, 8, 8), (32, 32, 8, 8), (64, 96, 4, 4), (40, 72, 3, 5)]  # Cin, Cout, H, W: two alike, odd ones
 

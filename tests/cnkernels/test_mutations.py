@@ -104,19 +104,19 @@ def exp2_by_polynomial(exponent: str, *coefficients: float) -> str:
 
 MUTATIONS = {  # op, what is broken: the kernel or device function, its text, the text instead, the check that must fail
     "zero_conv_add: no mask over the depth": (
-        "_product",
+        "product",
         "in_depth = k < depth - start",
         "in_depth = k < BLOCK_K",
         RAGGED_CONV,
     ),
     "zero_conv_add: last tile of the depth skipped": (
-        "_product",
+        "product",
         "for start in range(0, depth, BLOCK_K):",
         "for start in range(0, depth - BLOCK_K, BLOCK_K):",
         RAGGED_CONV,
     ),
     "zero_conv_add: strides of the weight swapped": (
-        "_product",
+        "product",
         "k[:, None] * stride_wk + column.to(tl.int64)[None, :] * stride_wn",
         "k[:, None] * stride_wn + column.to(tl.int64)[None, :] * stride_wk",
         RAGGED_CONV,
@@ -176,10 +176,10 @@ MUTATIONS = {  # op, what is broken: the kernel or device function, its text, th
         "value * (gate * cdf), mask=row < rows)",
         RAGGED_GEGLU,
     ),
-    "geglu: last row skipped": ("_tile", "(row < rows)[:, None]", "(row < rows - 1)[:, None]", RAGGED_GEGLU),
+    "geglu: last row skipped": ("tile", "(row < rows)[:, None]", "(row < rows - 1)[:, None]", RAGGED_GEGLU),
     "geglu: tanh approximation": (
         "_geglu_fwd_kernel",
-        "tl.erf(gate * _SQRT_HALF)",
+        "tl.erf(gate * SQRT_HALF)",
         "2.0 * tl.sigmoid(1.5957691216 * (gate + 0.044715 * gate * gate * gate)) - 1.0",
         RAGGED_GEGLU,
     ),
@@ -387,7 +387,7 @@ MUTATIONS = {  # op, what is broken: the kernel or device function, its text, th
         RAGGED_CONV,
     ),
     "zero_conv_add: a sum kept in half precision": (
-        "_product",
+        "product",
         'acc = tl.dot(x, weight, acc, input_precision="ieee")',
         'acc = tl.dot(x, weight, acc, input_precision="ieee").to(tl.float16).to(tl.float32)',
         RAGGED_CONV,

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import cnkernels
 from cnkernels import dispatch
+from cnkernels.launch import Launch
 from tests.cnkernels import harness
 from tests.cnkernels.guards import guarded_empty
 from tests.cnkernels.harness import DEVICE, randn

@@ -4,6 +4,7 @@ from torch.nn import functional as F
 
 import cnkernels
 from cnkernels.nn import ZeroConv2d
+from cnkernels.zero_conv_add import registration
 from tests.cnkernels import harness
 from tests.cnkernels.guards import guarded_empty
 from tests.cnkernels.harness import DEVICE, DTYPES, randn

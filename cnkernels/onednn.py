@@ -30,6 +30,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """residual + linear(x), the residual [..., N] added to the float32 accumulators; where `serves(x)`."""
+    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+
+
 def linear_sigmoid(x: Tensor, weight: Tensor) -> Tensor:
     """sigmoid(x @ weight^T), taken of the float32 accumulators; where `serves(x)`."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "sigmoid", [], "")

@@ -5,14 +5,14 @@ input for the gradient of its weight, but where that input is a normalised activ
 from what is saved anyway: `chain` computes it again in backward.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cnkernels import layout, onednn, register
+import cnkernels
+from cnkernels import layout, onednn, plans, register
 from cnkernels.geglu import registration as geglu_registration
 from cnkernels.group_norm_silu import registration as group_norm_registration
 
@@ -34,32 +34,91 @@ def conv2d(x: Tensor, weight: Tensor, bias: Maybe = None, stride: int = 1, paddi
     return _FrozenConv.apply(*register.autocast(x, weight, bias), stride, padding)
 
 
+def _on_onednn(x: Tensor) -> bool:
+    """Whether oneDNN computes: on a CPU, where neither autograd nor autocast nor a compiler looks on."""
+    watched = torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling()
+    return not watched and onednn.serves(x)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Maybe = None) -> Tensor:
-    """`torch.nn.functional.linear`; on a CPU oneDNN's, where neither autograd nor autocast nor a compiler looks on."""
-    watched = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()
-    return F.linear(x, weight, bias) if watched else onednn.linear(x, weight, bias)
+    """`torch.nn.functional.linear`, or oneDNN's."""
+    return onednn.linear(x, weight, bias) if _on_onednn(x) else F.linear(x, weight, bias)
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Maybe, residual: Tensor) -> Tensor:
+    """residual + linear(x) for x [..., K], weight [N, K], bias [N] or None, residual [..., N].
+
+    A product of PyTorch's and an addition: oneDNN has them in one call, cuBLAS behind PyTorch not with a bias.
+    """
+    if _on_onednn(x):
+        return onednn.linear_add(x, weight, bias, residual)
+    return _added(F.linear(x, weight, bias), residual)
+
+
+def pixels_add(tokens: Tensor, weight: Tensor, bias: Maybe, image: Tensor) -> Tensor:
+    """image + linear(tokens) as an image: tokens [N, H * W, K], weight [Cout, K], image [N, Cout, H, W], its format."""
+    n, channels, height, width = image.shape
+    if _on_onednn(tokens) and layout.is_channels_last(image):
+        rows = onednn.linear_add(tokens, weight, bias, image.permute(0, 2, 3, 1).reshape(n, -1, channels))
+        return rows.view(n, height, width, channels).permute(0, 3, 1, 2)
+    rows = linear(tokens, weight, bias).view(n, height, width, channels)
+    return _added(rows.permute(0, 3, 1, 2), image, first=True)
 
 
 def conv1x1_add(x: Tensor, weight: Tensor, bias: Maybe, residual: Tensor) -> Tensor:
-    """`cnkernels.zero_conv_add` of scale 1, which a compiler may take for the constant that it is."""
-    return torch.ops.cnkernels.zero_conv_add(*register.autocast(x, weight, bias, residual), None, 1.0)
+    """residual + a 1x1 convolution: x [N, Cin, H, W], weight [Cout, Cin, 1, 1], residual [N, Cout, H, W]."""
+    if _on_onednn(x):
+        if layout.is_channels_last(x):
+            tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
+            return pixels_add(tokens, weight.flatten(1), bias, layout.match(residual, x))
+        return onednn.conv1x1(x, weight, bias).add_(residual)
+    return _added(conv2d(x, weight, bias), residual)
 
 
-@dataclass(frozen=True)
-class Later:
-    """What `function` makes of `inputs`, not computed yet: the argument of `chain`."""
+def _added(y: Tensor, residual: Tensor, first: bool = False) -> Tensor:
+    """residual + y in y's dtype, which is autocast's where that is on; `first`: in the residual's memory format."""
+    residual = residual if residual.dtype == y.dtype else residual.to(y.dtype)
+    return residual + y if first else y + residual
 
-    function: "GroupNormSiLU | LayerNorm | SiLU | GEGLU"
+
+class Promise(Protocol):
+    """What makes an x of up to four inputs, and its gradients without having kept x."""
+
+    def value(self, x: Tensor, a: Maybe, b: Maybe, c: Maybe) -> Tensor:
+        """Differentiable."""
+
+    def forward(self, x: Tensor, a: Maybe, b: Maybe, c: Maybe) -> tuple[Tensor, ...]:
+        """The value, and what backward needs besides the inputs; without gradients."""
+
+    def again(self, x: Tensor, a: Maybe, b: Maybe, c: Maybe) -> Tensor:
+        """The value, once more."""
+
+    def backward(
+        self, dy: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], need: tuple[bool, ...]
+    ) -> tuple[Maybe, ...]:
+        """The gradients of the four inputs, None where not needed."""
+
+
+class Product(Protocol):
+    """What reads a promised x: a convolution or a linear layer."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Maybe, residual: Maybe) -> Tensor: ...
+
+    def backward(self, dout: Tensor, x: Tensor, weight: Tensor, bias: Maybe, need: list[bool]) -> list[Maybe]: ...
+
+
+class Later(NamedTuple):
+    """What `promise` makes of `inputs`, not computed yet: the argument of `chain`."""
+
+    promise: Promise
     inputs: Inputs
 
     def now(self) -> Tensor:
-        return self.function.forward(*self.inputs)[0]
+        return self.promise.value(*self.inputs)
 
 
-def chain(
-    x: Tensor | Later, product: "Conv | Linear | LinearAdd", weight: Tensor, bias: Maybe = None, residual: Maybe = None
-) -> Tensor:
-    """product(x, weight, bias, residual), which saves the inputs of an x that is yet to be computed, and not x.
+def chain(x: Tensor | Later, product: Product, weight: Tensor, bias: Maybe = None, residual: Maybe = None) -> Tensor:
+    """product(x, weight, bias) + residual, which saves the inputs of an x that is yet to be computed, and not x.
 
     Args:
         x: a tensor, or what `group_norm_silu`, `layer_norm`, `silu` or `geglu` of this module promise.
@@ -73,82 +132,95 @@ def chain(
     if isinstance(x, Tensor):
         return product.forward(x, weight, bias, residual)
     if torch.is_grad_enabled() and weight.requires_grad:
-        return _Chain.apply(x.function, product, *x.inputs, *register.autocast(weight, bias, residual))
+        return _Chain.apply(x.promise, product, *x.inputs, *register.autocast(weight, bias, residual))
     return product.forward(x.now(), weight, bias, residual)
 
 
 def group_norm_silu(norm: nn.GroupNorm, x: Tensor, addend: Maybe = None, activation: str | None = "silu") -> Later:
     """cnkernels.group_norm_silu with the groups and parameters of `norm`."""
-    return Later(GroupNormSiLU(norm.num_groups, norm.eps, activation), (x, norm.weight, norm.bias, addend))
+    return Later(_PromisedGroupNorm(norm.num_groups, norm.eps, activation), (x, norm.weight, norm.bias, addend))
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Later:
     """The layer norm over the last dimension; computed in float32 under autocast."""
-    narrow = x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type)
-    return Later(LayerNorm(norm.eps, x.dtype if narrow else torch.float32), (x, norm.weight, norm.bias, None))
+    dtype = x.dtype
+    if dtype != torch.float64 and torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.float32
+    return Later(_PromisedLayerNorm(norm.eps, dtype), (x, norm.weight, norm.bias, None))
 
 
 def silu(x: Tensor) -> Later:
-    return Later(SiLU(), (x, None, None, None))
+    return Later(_PromisedSiLU(), (x, None, None, None))
 
 
 def geglu(projected: Tensor) -> Later:
     """cnkernels.geglu."""
-    return Later(GEGLU(), (projected, None, None, None))
+    return Later(_PromisedGEGLU(), (projected, None, None, None))
 
 
-@dataclass(frozen=True)
-class GroupNormSiLU:
+class _PromisedGroupNorm(NamedTuple):
     """cnkernels.group_norm_silu(x, groups, weight, bias, eps, activation, addend) of (x, weight, bias, addend)."""
 
     groups: int
     eps: float
     activation: str | None
 
+    def value(self, x: Tensor, weight: Maybe, bias: Maybe, addend: Maybe) -> Tensor:
+        return cnkernels.group_norm_silu(x, self.groups, weight, bias, self.eps, self.activation, addend)
+
     def forward(self, x: Tensor, weight: Maybe, bias: Maybe, addend: Maybe) -> tuple[Tensor, ...]:
-        """The result, and what backward needs besides the inputs."""
-        return torch.ops.cnkernels.group_norm_silu(x, self.groups, weight, bias, self.eps, self.activation, addend)
+        return group_norm_registration.call(x, self.groups, weight, bias, self.eps, self.activation, addend)
 
     def again(self, x: Tensor, weight: Maybe, bias: Maybe, addend: Maybe) -> Tensor:
-        return torch.ops.cnkernels.group_norm_silu_again(
-            x, self.groups, weight, bias, self.eps, self.activation, addend
-        )
+        arguments = (x, self.groups, weight, bias, self.eps, self.activation, addend)
+        if plans.straight(x, weight, bias, addend):
+            return group_norm_registration.forward(*arguments)[0]
+        return torch.ops.cnkernels.group_norm_silu_again(*arguments)
 
-    def backward(self, dy: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], need: list[bool]) -> list[Maybe]:
+    def backward(
+        self, dy: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], need: tuple[bool, ...]
+    ) -> tuple[Maybe, ...]:
         x, weight, bias, addend = inputs
-        gradients = torch.ops.cnkernels.group_norm_silu_backward(
+        return group_norm_registration.gradients(
             dy, x, self.groups, weight, bias, *saved, self.activation, addend, need
         )
-        return register.spread(gradients, need)
 
 
-@dataclass(frozen=True)
-class LayerNorm:
+class _PromisedLayerNorm(NamedTuple):
     """torch.nn.functional.layer_norm over the last dimension of (x, weight, bias, None)."""
 
     eps: float
     dtype: torch.dtype  # in which it is computed
 
+    def _cast(self, *tensors: Maybe) -> tuple[Maybe, ...]:
+        return tuple(t if t is None or t.dtype == self.dtype else t.to(self.dtype) for t in tensors)
+
+    def value(self, x: Tensor, weight: Maybe, bias: Maybe, _: Maybe) -> Tensor:
+        x, weight, bias = self._cast(x, weight, bias)
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
+
     def forward(self, x: Tensor, weight: Maybe, bias: Maybe, _: Maybe) -> tuple[Tensor, ...]:
-        x, weight, bias = (None if t is None else t.to(self.dtype) for t in (x, weight, bias))
+        x, weight, bias = self._cast(x, weight, bias)
         return torch.native_layer_norm(x, x.shape[-1:], weight, bias, self.eps)
 
     def again(self, *inputs: Maybe) -> Tensor:
         return self.forward(*inputs)[0]
 
-    def backward(self, dy: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], need: list[bool]) -> list[Maybe]:
+    def backward(
+        self, dy: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], need: tuple[bool, ...]
+    ) -> tuple[Maybe, ...]:
         given = inputs[:3]
-        x, weight, bias = (None if t is None else t.to(self.dtype) for t in given)
-        gradients = torch.ops.aten.native_layer_norm_backward(
-            dy, x, x.shape[-1:], *saved, weight, bias, [need[0], need[1], need[2]]
-        )
+        x, weight, bias = self._cast(*given)
+        gradients = torch.ops.aten.native_layer_norm_backward(dy, x, x.shape[-1:], *saved, weight, bias, need[:3])
         wanted = zip(gradients, given, need, strict=False)
-        return [*(gradient.to(t.dtype) if needed else None for gradient, t, needed in wanted), None]
+        return *(gradient.to(t.dtype) if needed else None for gradient, t, needed in wanted), None
 
 
-@dataclass(frozen=True)
-class SiLU:
+class _PromisedSiLU(NamedTuple):
     """torch.nn.functional.silu of (x, None, None, None)."""
+
+    def value(self, x: Tensor, *_: Maybe) -> Tensor:
+        return F.silu(x)
 
     def forward(self, x: Tensor, *_: Maybe) -> tuple[Tensor, ...]:
         return (F.silu(x),)
@@ -156,27 +228,34 @@ class SiLU:
     def again(self, x: Tensor, *_: Maybe) -> Tensor:
         return F.silu(x)
 
-    def backward(self, dy: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], need: list[bool]) -> list[Maybe]:
-        return [torch.ops.aten.silu_backward(dy, inputs[0]), None, None, None]
+    def backward(
+        self, dy: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], need: tuple[bool, ...]
+    ) -> tuple[Maybe, ...]:
+        return torch.ops.aten.silu_backward(dy, inputs[0]), None, None, None
 
 
-@dataclass(frozen=True)
-class GEGLU:
+class _PromisedGEGLU(NamedTuple):
     """cnkernels.geglu of (projected, None, None, None)."""
 
+    def value(self, projected: Tensor, *_: Maybe) -> Tensor:
+        return cnkernels.geglu(projected)
+
     def forward(self, projected: Tensor, *_: Maybe) -> tuple[Tensor, ...]:
-        return (torch.ops.cnkernels.geglu(projected),)
+        return (geglu_registration.call(projected),)
 
     def again(self, projected: Tensor, *_: Maybe) -> Tensor:
+        if plans.straight(projected):
+            return geglu_registration.forward(projected)
         return torch.ops.cnkernels.geglu_again(projected)
 
-    def backward(self, dy: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], need: list[bool]) -> list[Maybe]:
-        return [torch.ops.cnkernels.geglu_backward(dy, inputs[0]), None, None, None]
+    def backward(
+        self, dy: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], need: tuple[bool, ...]
+    ) -> tuple[Maybe, ...]:
+        return geglu_registration.gradient(dy, inputs[0]), None, None, None
 
 
-@dataclass(frozen=True)
-class Conv:
-    """A convolution with `stride` and `padding` in both dimensions."""
+class ConvProduct(NamedTuple):
+    """A convolution with `stride` and `padding` in both dimensions; takes no residual."""
 
     stride: int = 1
     padding: int = 0
@@ -188,45 +267,23 @@ class Conv:
         return _conv_backward(dout, x, weight, bias, self.stride, self.padding, need)
 
 
-@dataclass(frozen=True)
-class Linear:
-    """torch.nn.functional.linear of tokens [N, S, C], or of the pixels of an image [N, C, H, W] as tokens."""
+class LinearProduct(NamedTuple):
+    """A linear layer of tokens [N, S, C], or of the pixels of an image [N, C, H, W] as tokens; may add a residual."""
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Maybe, _: None) -> Tensor:
-        return linear(_tokens(x), weight, bias)
+    def forward(self, x: Tensor, weight: Tensor, bias: Maybe, residual: Maybe) -> Tensor:
+        x = _tokens(x)
+        return linear(x, weight, bias) if residual is None else linear_add(x, weight, bias, residual)
 
     def backward(self, dout: Tensor, x: Tensor, weight: Tensor, bias: Maybe, need: list[bool]) -> list[Maybe]:
         rows = dout.flatten(0, -2)
         dx = (rows @ weight).view(*dout.shape[:-1], weight.shape[1]) if need[0] else None
         if dx is not None and x.dim() == 4:
-            dx = dx.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+            dx = dx.view(*dx.shape[:1], *x.shape[2:], -1).permute(0, 3, 1, 2)
         dweight = rows.t() @ _tokens(x).flatten(0, -2) if need[1] else None
         return [dx, dweight, rows.sum(0) if need[2] else None]
 
 
-@dataclass(frozen=True)
-class LinearAdd:
-    """residual + linear(x) over tokens [N, S, C], as one cnkernels.zero_conv_add."""
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Maybe, residual: Tensor) -> Tensor:
-        return _row(conv1x1_add(_column(x), weight[:, :, None, None], bias, _column(residual)))
-
-    def backward(self, dout: Tensor, x: Tensor, weight: Tensor, bias: Maybe, need: list[bool]) -> list[Maybe]:
-        need = [*need, False]
-        gradients = torch.ops.cnkernels.zero_conv_add_backward(
-            _column(dout), _column(x), weight[:, :, None, None], bias, None, 1.0, True, need
-        )
-        dx, dweight, dbias, _ = register.spread(gradients, need)
-        return [dx if dx is None else _row(dx), dweight if dweight is None else dweight.view(weight.shape), dbias]
-
-
-def _column(tokens: Tensor) -> Tensor:
-    """[N, S, C] -> [N, C, S, 1], a channels_last view."""
-    return tokens.transpose(1, 2).unsqueeze(3)
-
-
-def _row(column: Tensor) -> Tensor:
-    return column.squeeze(3).transpose(1, 2)
+LINEAR = LinearProduct()
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -265,23 +322,26 @@ class _FrozenConv(torch.autograd.Function):
 
 class _Chain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Any, product: Any, x, a, b, c, weight, bias, residual) -> Tensor:
-        y, *saved = function.forward(x, a, b, c)
-        ctx.function, ctx.product, ctx.dtype = function, product, y.dtype
+    def forward(ctx: Any, promise: Promise, product: Product, x, a, b, c, weight, bias, residual) -> Tensor:
+        y, *saved = promise.forward(x, a, b, c)
+        ctx.promise, ctx.product, ctx.dtype = promise, product, y.dtype
         ctx.save_for_backward(x, a, b, c, weight, bias, *saved)
-        return product.forward(y.to(weight.dtype), weight, bias, residual)
+        return product.forward(y if y.dtype == weight.dtype else y.to(weight.dtype), weight, bias, residual)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Maybe, ...]:
         x, a, b, c, weight, bias, *saved = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        need_inputs = [needs[2], needs[3], needs[4], needs[5]]
+        need_inputs = tuple(needs[2:6])
         need_product = [any(need_inputs), needs[6], needs[7]]
-        y = ctx.function.again(x, a, b, c).to(weight.dtype)
+        y = ctx.promise.again(x, a, b, c)
+        y = y if y.dtype == weight.dtype else y.to(weight.dtype)
         dy, dweight, dbias = ctx.product.backward(dout, y, weight, bias, need_product)
         gradients = [None] * 4
         if need_product[0]:
-            gradients = ctx.function.backward(dy.to(ctx.dtype), (x, a, b, c), saved, need_inputs)
+            gradients = ctx.promise.backward(
+                dy if dy.dtype == ctx.dtype else dy.to(ctx.dtype), (x, a, b, c), saved, need_inputs
+            )
         return None, None, *gradients, dweight, dbias if needs[7] else None, dout if needs[8] else None
 
 

@@ -15,7 +15,7 @@ from controlnet.diffusers.watch import Watch
 from controlnet.model.controlnet import ControlNet
 from controlnet.model.layers import Prepared, ResBlock
 from controlnet.model.scales import Scale
-from controlnet.model.transformer import CrossAttention, Linear
+from controlnet.model.transformer import CrossAttention, Projection
 from controlnet.model.unet import Embedding, UNet
 
 # A schedule longer than this is not prepared: the projections of 1000 steps would take more memory than they save time.
@@ -197,7 +197,7 @@ def _unpack(attention: CrossAttention) -> None:
     delattr(attention, attention.packed)
     attention.__class__ = _SharedAttention
     for part in attention.parts:
-        layer = Linear(weight.shape[1], weight.shape[0] // len(attention.parts), bias=False, device="meta")
+        layer = Projection(weight.shape[1], weight.shape[0] // len(attention.parts), bias=False, device="meta")
         setattr(attention, part, layer)
 
 

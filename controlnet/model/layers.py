@@ -33,14 +33,14 @@ class Conv2d(nn.Conv2d):
     """nn.Conv2d with square strides that keeps its input only for the gradient of its weight, and no promised input."""
 
     def forward(self, x: Tensor | Later) -> Tensor:
-        return recompute.chain(x, recompute.Conv(self.stride[0], self.padding[0]), self.weight, self.bias)
+        return recompute.chain(x, recompute.ConvProduct(self.stride[0], self.padding[0]), self.weight, self.bias)
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> Conv2d:
     return Conv2d(in_channels, out_channels, 3, stride, padding=1)
 
 
-class Conv1x1(nn.Conv2d):
+class Conv1x1Add(nn.Conv2d):
     """A 1x1 convolution added to a residual."""
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -172,7 +172,7 @@ class ResBlock(nn.Module):
             nn.Dropout(dropout),
             zeroed(conv3x3(out_channels, out_channels)),
         )
-        self.skip_connection = nn.Identity() if channels == out_channels else Conv1x1(channels, out_channels)
+        self.skip_connection = nn.Identity() if channels == out_channels else Conv1x1Add(channels, out_channels)
 
     def forward(self, x: Tensor, embedding: Tensor | Prepared, size: Size | None = None) -> Tensor:
         """x [N, channels, H, W], embedding [N, embedding_channels], size: of the output if `up`."""

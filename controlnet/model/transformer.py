@@ -1,7 +1,6 @@
 """Attention over the pixels of an image: the spatial transformer, and the attention block of models without context.
 
-Every projection reads the promise of its norm (`cnkernels.recompute`), and every way back is added to its residual in
-one product.
+Every projection reads the promise of its norm (`cnkernels.recompute`), and every way back is added to its residual.
 """
 
 from collections.abc import Callable
@@ -11,28 +10,21 @@ import torch
 from torch import Tensor, nn
 
 import cnkernels
-from cnkernels import layout, recompute
+from cnkernels import recompute
 from cnkernels.nn import GroupNormSiLU
 from cnkernels.recompute import Later
 from controlnet.model.architecture import GROUPS
 from controlnet.model.layers import Prepared, checkpointed, zeroed
 
 
-class Linear(nn.Linear):
-    """nn.Linear, whose input may be promised."""
+class Projection(nn.Linear):
+    """A linear layer over tokens, which may be promised; with a residual, the layer added to it."""
 
-    def forward(self, x: Tensor | Later) -> Tensor:
-        return recompute.chain(x, recompute.Linear(), self.weight, self.bias)
-
-
-class LinearAdd(nn.Linear):
-    """A linear layer over tokens, added to a residual."""
-
-    def forward(self, x: Tensor | Later, residual: Tensor) -> Tensor:
-        return recompute.chain(x, recompute.LinearAdd(), self.weight, self.bias, residual)
+    def forward(self, x: Tensor | Later, residual: Tensor | None = None) -> Tensor:
+        return recompute.chain(x, recompute.LINEAR, self.weight, self.bias, residual)
 
 
-class TokenLinear(nn.Linear):
+class PixelProjection(nn.Linear):
     """A linear layer over the pixels of an image, its weight stored as that of a 1x1 convolution: [out, in, 1, ...].
 
     The two are the same product; channels_last images need no copy on the way in or out.
@@ -42,18 +34,19 @@ class TokenLinear(nn.Linear):
         super().__init__(in_features, out_features)
         self.weight = nn.Parameter(self.weight.detach().reshape(out_features, in_features, *[1] * kernel_dims))
 
+    def matrix(self) -> Tensor:
+        return self.weight if self.weight.dim() == 2 else self.weight.flatten(1)
+
     def forward(self, image: Later) -> Tensor:
         """image [N, in, H, W] -> tokens [N, H * W, out]."""
-        return recompute.chain(image, recompute.Linear(), self.weight.flatten(1), self.bias)
+        return recompute.chain(image, recompute.LINEAR, self.matrix(), self.bias)
 
 
-class TokenLinearAdd(TokenLinear):
+class PixelProjectionBack(PixelProjection):
     """The way back: tokens [N, H * W, in] added to an image [N, out, H, W], in its memory format."""
 
     def forward(self, tokens: Tensor, image: Tensor) -> Tensor:
-        x = tokens.unflatten(1, image.shape[2:]).permute(0, 3, 1, 2)
-        weight = self.weight.flatten(1)[:, :, None, None]
-        return recompute.conv1x1_add(layout.match(x, image), weight, self.bias, image)
+        return recompute.pixels_add(tokens, self.matrix(), self.bias, image)
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -83,10 +76,10 @@ class CrossAttention(nn.Module):
             self.packed, self.parts = "to_qkv", ("to_q", "to_k", "to_v")
         else:
             self.packed, self.parts = "to_kv", ("to_k", "to_v")
-            self.to_q = Linear(channels, channels, bias=False)
+            self.to_q = Projection(channels, channels, bias=False)
         packed = nn.Linear(context_dim or channels, len(self.parts) * channels, bias=False)
         self.register_parameter(self.packed, packed.weight)
-        self.to_out = nn.Sequential(LinearAdd(channels, channels))
+        self.to_out = nn.Sequential(Projection(channels, channels))
 
     def forward(self, tokens: Later, context: Tensor | Prepared | None, residual: Tensor) -> Tensor:
         """tokens, residual [N, S, channels], context [N, T, context_dim] or None -> [N, S, channels]."""
@@ -99,7 +92,7 @@ class CrossAttention(nn.Module):
 
     def project(self, tokens: Later) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v [N, S, H, D] of tokens that attend to themselves."""
-        packed = recompute.chain(tokens, recompute.Linear(), self.to_qkv)
+        packed = recompute.chain(tokens, recompute.LINEAR, self.to_qkv)
         return packed.unflatten(2, (3, self.heads, -1)).unbind(2)
 
     def project_context(self, context: Tensor) -> Tensor:
@@ -130,7 +123,7 @@ class GEGLUProjection(nn.Module):
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
-        self.proj = Linear(channels, 2 * out_channels)
+        self.proj = Projection(channels, 2 * out_channels)
 
     def forward(self, x: Later) -> Later:
         return recompute.geglu(self.proj(x))
@@ -143,7 +136,7 @@ class FeedForward(nn.Module):
         super().__init__()
         inner = 4 * channels
         # In the original, a dropout of probability 0 stands between the two.
-        self.net = nn.ModuleList([GEGLUProjection(channels, inner), nn.Identity(), LinearAdd(inner, channels)])
+        self.net = nn.ModuleList([GEGLUProjection(channels, inner), nn.Identity(), Projection(inner, channels)])
 
     def forward(self, x: Later, residual: Tensor) -> Tensor:
         gated, _, out = self.net
@@ -209,11 +202,11 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         kernel_dims = 0 if use_linear else 2
         self.norm = GroupNormSiLU(GROUPS, channels, eps=1e-6, activation=None)
-        self.proj_in = TokenLinear(channels, channels, kernel_dims)
+        self.proj_in = PixelProjection(channels, channels, kernel_dims)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(channels, context_dim, heads, **block_options) for _ in range(depth)
         )
-        self.proj_out = zeroed(TokenLinearAdd(channels, channels, kernel_dims))
+        self.proj_out = zeroed(PixelProjectionBack(channels, channels, kernel_dims))
 
     def forward(self, x: Tensor, context: Tensor | Prepared) -> Tensor:
         """x [N, C, H, W], context [N, T, context_dim]."""
@@ -247,8 +240,8 @@ class AttentionBlock(nn.Module):
         self.use_checkpoint = use_checkpoint
         self.attend = attention_function(use_flash_attention)
         self.norm = GroupNormSiLU(GROUPS, channels, activation=None)
-        self.qkv = TokenLinear(channels, 3 * channels, kernel_dims=1)
-        self.proj_out = zeroed(TokenLinearAdd(channels, channels, kernel_dims=1))
+        self.qkv = PixelProjection(channels, 3 * channels, kernel_dims=1)
+        self.proj_out = zeroed(PixelProjectionBack(channels, channels, kernel_dims=1))
 
     def forward(self, x: Tensor) -> Tensor:
         return checkpointed(self._forward, x, enabled=self.use_checkpoint)

@@ -35,7 +35,7 @@ class Case:
 
 
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, addend: Tensor | None, activation: str | None) -> Later:
-    return Later(recompute.GroupNormSiLU(4, 1e-5, activation), (x, weight, bias, addend))
+    return Later(recompute._PromisedGroupNorm(4, 1e-5, activation), (x, weight, bias, addend))
 
 
 @dataclass
@@ -64,7 +64,7 @@ def tokens(image: Tensor) -> Tensor:
 def norm_conv(stride: int) -> Case:
     return Case(
         lambda x, a, b, add, w, c: recompute.chain(
-            group_norm(x, a, b, add, "silu"), recompute.Conv(stride, padding=1), w, c
+            group_norm(x, a, b, add, "silu"), recompute.ConvProduct(stride, padding=1), w, c
         ),
         lambda x, a, b, add, w, c: F.conv2d(cnkernels.group_norm_silu(x, 4, a, b, addend=add), w, c, stride, padding=1),
         {"x": IMAGE, "a": (WIDTH,), "b": (WIDTH,), "addend": IMAGE[:2], "weight": (OUT, WIDTH, 3, 3), "bias": (OUT,)},
@@ -77,29 +77,25 @@ CASES = {
     "group norm, convolution": norm_conv(stride=1),
     "group norm, strided convolution": norm_conv(stride=2),
     "group norm, linear": Case(
-        lambda x, a, b, w, c: recompute.chain(group_norm(x, a, b, None, None), recompute.Linear(), w, c),
+        lambda x, a, b, w, c: recompute.chain(group_norm(x, a, b, None, None), recompute.LINEAR, w, c),
         lambda x, a, b, w, c: F.linear(tokens(cnkernels.group_norm_silu(x, 4, a, b, activation=None)), w, c),
         {"x": IMAGE, **PARAMETERS},
         statistics=2 * 2 * 4,
     ),
     "layer norm, linear": Case(
-        lambda x, a, b, w, c: recompute.chain(layer_norm(x, a, b), recompute.Linear(), w, c),
+        lambda x, a, b, w, c: recompute.chain(layer_norm(x, a, b), recompute.LINEAR, w, c),
         lambda x, a, b, w, c: F.linear(plain_layer_norm(x, a, b), w, c),
         {"x": TOKENS, **PARAMETERS},
         statistics=2 * 2 * 7,
     ),
     "silu, convolution without bias": Case(
-        lambda x, w: recompute.chain(recompute.silu(x), recompute.Conv(), w),
+        lambda x, w: recompute.chain(recompute.silu(x), recompute.ConvProduct(), w),
         lambda x, w: F.conv2d(F.silu(x), w),
         {"x": IMAGE, "weight": (OUT, WIDTH, 2, 2)},
     ),
     "geglu, linear added": Case(
-        lambda x, w, c, r: recompute.chain(recompute.geglu(x), recompute.LinearAdd(), w, c, r),
-        lambda x, w, c, r: tokens(
-            cnkernels.zero_conv_add(
-                cnkernels.geglu(x).transpose(1, 2)[..., None], w[..., None, None], c, r.transpose(1, 2)[..., None]
-            )
-        ),
+        lambda x, w, c, r: recompute.chain(recompute.geglu(x), recompute.LINEAR, w, c, r),
+        lambda x, w, c, r: recompute.linear_add(cnkernels.geglu(x), w, c, r),
         {"x": (2, 7, 2 * WIDTH), "weight": (OUT, WIDTH), "bias": (OUT,), "residual": (2, 7, OUT)},
     ),
 }

@@ -5,6 +5,7 @@ import torch
 
 import cnkernels
 from cnkernels import dispatch
+from cnkernels.zero_conv_add import group
 from tests.cnkernels import harness
 from tests.cnkernels.guards import guarded_empty
 from tests.cnkernels.harness import DEVICE, DTYPES, randn
@@ -89,10 +90,8 @@ def test_outs_are_channels_of_one_buffer(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_the_gradients_asked_for(backend, monkeypatch):
     asked = []
-    kernels = torch.ops.cnkernels.zero_conv_add_group_backward
-    monkeypatch.setattr(
-        torch.ops.cnkernels, "zero_conv_add_group_backward", lambda *a: asked.append(list(a[-1])) or kernels(*a)
-    )
+    kernels = group.backward
+    monkeypatch.setattr(group, "backward", lambda rows: asked.append([w for *_, n in rows for w in n]) or kernels(rows))
     columns = arguments()
     xs, weights, biases, residuals, scales = columns
     wanted = [weights[0], xs[1], biases[3], scales[2], residuals[4]]
@@ -110,10 +109,8 @@ def test_only_the_gradients_asked_for(backend, monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_output_without_a_gradient_costs_nothing(backend, monkeypatch):
     asked = []
-    kernels = torch.ops.cnkernels.zero_conv_add_group_backward
-    monkeypatch.setattr(
-        torch.ops.cnkernels, "zero_conv_add_group_backward", lambda *a: asked.append(len(a[0])) or kernels(*a)
-    )
+    kernels = group.backward
+    monkeypatch.setattr(group, "backward", lambda rows: asked.append(len(rows)) or kernels(rows))
     xs, weights, *rest = arguments()
     for weight in weights:
         weight.requires_grad_()

@@ -1,0 +1,187 @@
+"""A GPU that is not there: kernels are specialised and compiled for real, and never launched.
+
+CPU tensors stand for those of a GPU, results are whatever memory holds, and what is left is what a call costs the host
+and which kernels it compiles. `no_arithmetic` takes the heavy work of PyTorch's own operations away as well.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import cnkernels
+from cnkernels import dispatch, onednn, plans
+
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # that a block may have
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+
+
+class Launcher:
+    """Of one compiled kernel; counts its launches and keeps what the last of them got."""
+
+    def __init__(self, source: object, metadata: object):
+        self.name = getattr(getattr(source, "fn", None), "__name__", "?")
+        self.calls, self.last = 0, ()
+
+    def __call__(self, *arguments: object) -> None:
+        self.calls += 1
+        self.last = arguments
+
+
+class _Utils:
+    def __init__(self, arch: int):
+        self._properties = {
+            "max_shared_mem": SHARED_KIB[arch] * 1024,
+            "multiprocessor_count": MULTIPROCESSORS[arch],
+            "warpSize": 32,
+            "max_num_regs": 65536,
+        }
+
+    def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[int, ...]:
+        return 1, 2, 0, 0, 1024  # module, function, registers, spills, threads
+
+    def unload_module(self, module: int) -> None:
+        pass
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return self._properties
+
+
+class Driver:
+    """What Triton asks of its driver, for a GPU of `arch`, such as 90."""
+
+    launcher_cls = Launcher
+
+    def __init__(self, arch: int):
+        self.arch, self.utils = arch, _Utils(arch)
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_capability(self, device: int) -> tuple[int, int]:
+        return divmod(self.arch, 10)
+
+    def map_python_to_cpp_type(self, kind: str) -> str:
+        from triton.backends.nvidia.driver import ty_to_cpp
+
+        return ty_to_cpp(kind)
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+
+@contextmanager
+def installed(arch: int = 90, compiled: list | None = None) -> Iterator[Driver]:
+    """Inside the block, Triton's kernels are those of such a GPU and CPU tensors are its tensors.
+
+    Args:
+        compiled: gets (name of the kernel, compiled kernel), in the order of their first launches.
+    """
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    from cnkernels.attention import triton_kernels
+
+    compile_once = JITFunction._do_compile
+
+    def compile_and_note(self, *arguments, **options):
+        kernel = compile_once(self, *arguments, **options)
+        if compiled is not None:
+            compiled.append((self.__name__, kernel))
+        return kernel
+
+    stub = Driver(arch)
+    before = driver._active
+    with ExitStack() as stack:
+        for target, name, value in (
+            (JITFunction, "_do_compile", compile_and_note),
+            (dispatch, "_triton_absent", lambda device: None),
+            (triton_kernels, "compute_capability", lambda tensor: arch // 10),
+            (onednn, "serves", lambda tensor: False),  # as on a GPU
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        stack.enter_context(cnkernels.backend("triton"))
+        driver.set_active(stub)
+        plans.forget()
+        try:
+            yield stub
+        finally:
+            driver._active = before
+            plans.forget()
+
+
+def forget_kernels() -> None:
+    """As in a process that has compiled nothing yet."""
+    import gc
+
+    from triton.runtime.jit import JITFunction
+
+    plans.forget()
+    for function in gc.get_objects():
+        if isinstance(function, JITFunction):
+            function.device_caches.clear()
+
+
+def _empty_convolution(x: Tensor, weight: Tensor, bias, stride, padding, dilation, transposed, output_padding, groups):
+    sizes = [
+        (size + 2 * pad - span * (kernel - 1) - 1) // step + 1
+        for size, kernel, step, pad, span in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    memory_format = torch.channels_last if nhwc else torch.contiguous_format
+    shape = (x.shape[0], weight.shape[0], *sizes)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+def _empty_convolution_backward(dout, x, weight, bias_sizes, stride, padding, dilation, transposed, pad, groups, mask):
+    like = (x, weight, dout)
+    shapes = (x.shape, weight.shape, dout.shape[1:2])
+    return tuple(t.new_empty(s) if m else None for t, s, m in zip(like, shapes, mask, strict=True))
+
+
+def _empty_product(*operands: Tensor, **_: float) -> Tensor:
+    """mm, addmm and bmm."""
+    a, b = operands[-2:]
+    return a.new_empty((*a.shape[:-1], b.shape[-1]))
+
+
+def _empty_attention(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+def _empty_attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+_KERNELS: dict[str, Callable] = {
+    "convolution": _empty_convolution,
+    "convolution_backward": _empty_convolution_backward,
+    "mm": _empty_product,
+    "addmm": _empty_product,
+    "bmm": _empty_product,
+    "_scaled_dot_product_flash_attention_for_cpu": _empty_attention,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _empty_attention_backward,
+}
+
+
+@contextmanager
+def no_arithmetic() -> Iterator[None]:
+    """Inside the block a CPU's convolutions, products and attention only allocate their results, whoever calls them."""
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        for name, kernel in _KERNELS.items():
+            library.impl(name, kernel, "CPU", allow_override=True)
+        yield
+    finally:
+        library._destroy()

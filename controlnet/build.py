@@ -1,22 +1,35 @@
 """Makes the model and its conditioning from the `model` section of a configuration, pretrained weights included."""
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from controlnet import checkpoints
-from controlnet.conditioning import Conditioning
-from controlnet.config import ConfigError, instantiate
-from controlnet.config.keys import WEIGHT_KEYS
+from controlnet.conditioning import AutoencoderKL, CLIPTextEncoder, Conditioning, SpaceToDepth, WordEmbedder
+from controlnet.config import ConfigError, canonical_node, canonical_target, check_stage, stage_of, stages
 from controlnet.model.architecture import Architecture
 from controlnet.model.controlled import ControlledUNet
 from controlnet.model.controlnet import ControlNet
 from controlnet.model.unet import UNet
 
 logger = logging.getLogger(__name__)
+
+# What a `_target_` builds, under this package's name for it.
+CLASSES: dict[str, type] = {
+    stages.UNET: UNet,
+    stages.CONTROLNET: ControlNet,
+    stages.AUTOENCODER: AutoencoderKL,
+    stages.SPACE_TO_DEPTH: SpaceToDepth,
+    stages.CLIP: CLIPTextEncoder,
+    stages.WORDS: WordEmbedder,
+}
+
+_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 
 # Fields in which a ControlNet may differ from the U-Net that it is the copy of: they change how, not what, it computes.
 _FREE = {"use_checkpoint", "use_flash_attention", "dropout", "legacy", "num_heads_upsample"}
@@ -68,6 +81,59 @@ def build_conditioning(config: Mapping[str, Any], *, weights: bool = True) -> Co
     return conditioning
 
 
+def instantiate(node: Mapping[str, Any]) -> Any:
+    """The part that a node describes: the class of its `_target_`, called with the other keys.
+
+    Arguments:
+        node: mapping with `_target_` (this package's name, NeMo's, the original's) and the arguments.
+    Raises ConfigError for an unknown target or argument, a value that does not fit, an argument that is missing, or
+        more weights than this machine has memory; CheckpointError and FileNotFoundError for files of weights.
+    """
+    tree = canonical_node(node)
+    if "_target_" not in tree:
+        raise ConfigError(f"no _target_ among the keys {', '.join(map(str, tree)) or '(none)'}")
+    target = canonical_target(tree["_target_"])
+    if target not in CLASSES:
+        raise ConfigError(f"_target_ {target} is not a part; expected one of {', '.join(CLASSES)}")
+    stage = stage_of(target)
+    arguments = check_stage(tree, stage)
+    del arguments["_target_"]
+    wanted = [key for key, entry in stages.ARGUMENTS[target].items() if entry.default is ...]
+    missing = [key for key in wanted if key not in arguments]
+    if missing:
+        raise ConfigError(f"model.{stage}: {target} wants a value for {', '.join(missing)}")
+    try:
+        _check_memory(target, arguments)
+        return CLASSES[target](**arguments)
+    except ValueError as error:
+        if type(error) is not ValueError:  # names its key or file already
+            raise
+        raise ConfigError(f"model.{stage}: {error}") from error
+
+
+def _check_memory(target: str, arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError when the weights, in float32, do not fit into the memory of this machine."""
+    sized = {key: value for key, value in arguments.items() if key != "from_pretrained"}
+    folder = target == stages.AUTOENCODER and os.path.isdir(arguments.get("from_pretrained") or "")
+    if target not in (stages.UNET, stages.CONTROLNET, stages.AUTOENCODER) or folder:  # a folder knows its sizes
+        return
+    with torch.device("meta"):
+        numbers = sum(parameter.numel() for parameter in CLASSES[target](**sized).parameters())
+    there_is = physical_memory()
+    if 4 * numbers > there_is:
+        raise ValueError(
+            f"these sizes make {numbers:,} weights, {4 * numbers / 2**30:,.0f} GiB in float32; this machine has"
+            f" {there_is / 2**30:.0f} GiB of memory"
+        )
+
+
+def physical_memory() -> int:
+    """Bytes of memory of this machine, or of the container that the process is in."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _MEMORY_LIMIT.read_text().strip() if _MEMORY_LIMIT.is_file() else ""
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
 def _node(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if config[key] is None:
         raise ConfigError(f"model.{key} is not given; expected a mapping with a _target_")
@@ -75,7 +141,9 @@ def _node(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _without_weights(config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in _node(config, key).items() if name not in WEIGHT_KEYS[key]}
+    node = _node(config, key)
+    ours = stages.WEIGHT_KEYS[canonical_target(node["_target_"])]
+    return {name: value for name, value in node.items() if name not in ours}
 
 
 def _load_weights(unet: UNet, control: ControlNet, config: Mapping[str, Any]) -> None:

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from controlnet import checkpoints
-from controlnet.config import nearest
-from controlnet.config import precision as precision_name
+from controlnet.config import dtype, refuse_unknown
+from controlnet.extras import require
 
 DDCONFIG = (
     "ch", "ch_mult", "num_res_blocks", "z_channels", "in_channels", "out_ch", "attn_resolutions", "resolution",
     "double_z", "dropout",
 )  # fmt: skip
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Conditioning(nn.Module):
@@ -143,7 +142,9 @@ class AutoencoderKL(nn.Module):
         precision: Any = "fp32",
     ):
         super().__init__()
-        diffusers = _extra("diffusers")
+        require("diffusers", extra="diffusers", wanted_by="it has the VAE of Stable Diffusion")
+        import diffusers
+
         folder = _model_folder(from_pretrained, "vae")
         if folder is not None:
             self.vae = diffusers.AutoencoderKL.from_pretrained(folder, local_files_only=True)
@@ -151,7 +152,7 @@ class AutoencoderKL(nn.Module):
             self.vae = diffusers.AutoencoderKL(**_vae_architecture(ddconfig or {}, embed_dim))
             if from_pretrained is not None:
                 self.load(checkpoints.part_tensors(from_pretrained, "first_stage"), from_pretrained)
-        self.vae.to(DTYPES[precision_name(precision, "precision")]).requires_grad_(False).eval()
+        self.vae.to(dtype(precision, "precision")).requires_grad_(False).eval()
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.latent_channels = self.vae.config.latent_channels
 
@@ -194,7 +195,9 @@ class CLIPTextEncoder(nn.Module):
         precision: Any = "fp32",
     ):
         super().__init__()
-        transformers = _extra("transformers")
+        require("transformers", extra="diffusers", wanted_by="it has the CLIP text encoder")
+        import transformers
+
         if layer not in ("last", "penultimate", "hidden") or (layer == "hidden") != (layer_idx is not None):
             raise ValueError(
                 f"layer is {layer!r} with layer_idx {layer_idx!r}; expected 'last', 'penultimate', or 'hidden' with one"
@@ -219,7 +222,7 @@ class CLIPTextEncoder(nn.Module):
         self.normed = layer != "hidden"
         if from_pretrained is not None:
             self.load(checkpoints.part_tensors(from_pretrained, "cond_stage"), from_pretrained)
-        self.encoder.to(DTYPES[precision_name(precision, "precision")]).requires_grad_(False).eval()
+        self.encoder.to(dtype(precision, "precision")).requires_grad_(False).eval()
 
     def load(self, tensors: Mapping[str, Tensor], origin: str) -> None:
         """Takes the weights of a checkpoint's `cond_stage_model`, whatever the version of transformers called them."""
@@ -281,7 +284,7 @@ class WordEmbedder(nn.Module):
             table.weight.data.copy_(size * torch.randn(table.weight.shape, generator=generator, device="cpu"))
         if from_pretrained is not None:
             self.load(checkpoints.part_tensors(from_pretrained, "cond_stage"), from_pretrained)
-        self.to(DTYPES[precision_name(precision, "precision")])
+        self.to(dtype(precision, "precision"))
 
     def load(self, tensors: Mapping[str, Tensor], origin: str) -> None:
         """Takes the tables `embedding.weight` and `position.weight`."""
@@ -314,14 +317,6 @@ def _final_norm(encoder: nn.Module) -> nn.Module:
     return next(module for name, module in encoder.named_modules() if name.rpartition(".")[2] == "final_layer_norm")
 
 
-def _extra(package: str) -> Any:
-    """An optional package; the message says how to get it."""
-    try:
-        return __import__(package)
-    except ImportError as error:
-        raise ImportError(f"{package} is not installed; pip install 'cnkernels[diffusers]' brings it") from error
-
-
 def _model_folder(path: str | None, part: str) -> Path | None:
     """The folder with a config.json that a path stands for, itself or its subfolder `part`; None for a file."""
     if path is None or Path(path).is_file():
@@ -338,7 +333,7 @@ def _vae_architecture(ddconfig: Mapping[str, Any], embed_dim: int) -> dict[str, 
     """diffusers' arguments for an autoencoder described by the original's names."""
     for key in ddconfig:
         if key not in DDCONFIG:
-            raise ValueError(f"ddconfig.{key} is not a known key; the nearest is ddconfig.{nearest(key, DDCONFIG)}")
+            refuse_unknown("ddconfig", key, DDCONFIG)
     if ddconfig.get("attn_resolutions"):
         raise ValueError(
             f"ddconfig.attn_resolutions is {list(ddconfig['attn_resolutions'])}; expected none (attention is in the"

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from controlnet import build, checkpoints, config
-from controlnet.conditioning import DTYPES, Conditioning
+from controlnet.conditioning import Conditioning
 from controlnet.config import ConfigError
 from controlnet.data.hints import read_hint
 from controlnet.inference.images import fault, grid, to_uint8
@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, conditioning, schedule = load(
             arguments.checkpoint, arguments.config, arguments.overrides, not arguments.no_average
         )
-        dtype = DTYPES[config.precision(arguments.precision, "--precision")]
+        dtype = config.dtype(arguments.precision, "--precision")
         model, conditioning = model.to(arguments.device, dtype), conditioning.to(arguments.device)
         request = Request(
             prompt=arguments.prompt,

@@ -1,25 +1,23 @@
-"""YAML configurations: reading and checking them, and making the objects that they name."""
+"""YAML configurations: reading and checking them. `keys.py` and `stages.py` list every key."""
 
-from controlnet.config.loading import (
-    ConfigError,
-    canonical_target,
-    compose,
-    import_target,
-    instantiate,
-    load,
-    nearest,
-    precision,
-    target_arguments,
-)
+from controlnet.config.checks import canonical_target, check_stage, dtype, precision, stage_of
+from controlnet.config.loading import canonical_node, compose, load
+from controlnet.config.rules import seconds
+from controlnet.config.schema import ConfigError, did_you_mean, nearest, refuse_unknown, shown
 
 __all__ = [
     "ConfigError",
+    "canonical_node",
     "canonical_target",
+    "check_stage",
     "compose",
-    "import_target",
-    "instantiate",
+    "did_you_mean",
+    "dtype",
     "load",
     "nearest",
     "precision",
-    "target_arguments",
+    "refuse_unknown",
+    "seconds",
+    "shown",
+    "stage_of",
 ]

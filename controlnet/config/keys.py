@@ -1,349 +1,273 @@
-"""Every key and target that a configuration may name: defaults, accepted values, and what has no effect here.
+"""The keys of a configuration, with kind, range, default and effect; the arguments of the parts are in `stages.py`.
 
-`SCHEMA` holds each key with its default. The default gives the type: a bool, int, float, str or list wants the same
-(an int may stand for a float); `Maybe(kind)` is null or a value of that kind; a plain None takes anything, subtrees
-included; `STAGE` is a node with a `_target_`, checked against the signature of the class that it names.
-To add a key, add it to its section; when nothing reads it, add the reason to `NO_EFFECT`.
+To add a key, add it to its section with its effect, and `python -m controlnet.config > docs/configuration.md`. A key
+that nothing here reads is `silent`, with the reason; a value of one that asks for something has a rule in `rules.py`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
+from controlnet.config.schema import Key, flag, integer, mapping, number, only, several, silent, text
 
-class Maybe(NamedTuple):
-    """A key that is null by default, or a value of `kind`."""
+STAGE = object()  # a node with a _target_, described in `stages.py`
 
-    kind: type
+_PLAIN_LOSS = "the loss is the plain mean squared error"
+_NO_VALIDATION = "there is no validation loop: samples are drawn by model.image_logger"
+_NO_LOOP = "without validation there is nothing to time"
+_ONE = "ranks are data-parallel: each holds the whole model"
+_BUCKETS = "gradients travel in the buckets of DistributedDataParallel"
+_PICKLED = "a checkpoint is a folder named by its step"
+_REPORTS = "metrics go to metrics.jsonl and TensorBoard"
 
-
-STAGE = object()
-
-PRECISIONS = {
-    "fp32": ("32", "32-true", "fp32", "float32"),
-    "fp16": ("16", "16-mixed", "fp16", "float16"),
-    "bf16": ("bf16", "bf16-mixed", "bfloat16"),
+_AUGMENTATIONS = {
+    "resize_smallest_side": integer(None, "length that the smaller side is brought to", low=1, high=65536),
+    "center_crop_h_w": Key((int, str, list), None, "height and width of the centre that is cut out", True, low=1),
+    "random_crop_h_w": Key((int, str, list), None, "the same, anywhere in the picture", True, low=1),
+    "horizontal_flip": Key((bool, float), None, "probability of a flip; true for 0.5", True, low=0, high=1),
+}
+_FILTERINGS = {
+    "resolution": mapping(
+        "which images are used by their size",
+        {
+            "method": text(None, "larger: both sides at least value; smaller: at most", choices=("larger", "smaller")),
+            "value": integer(None, "in pixels", low=1, high=65536),
+        },
+    ),
+    "estimated_portion": number(None, "share of the samples that filters leave; shortens the epoch", above=0, high=1),
+}
+_BUCKETS = {
+    "sizes": Key((str, list), None, 'the sizes, as "height, width"', True),
+    "area": integer(None, "or all sizes of at most so many pixels", low=1, high=2**26),
+    "step": integer(64, "between two of those sizes", low=8, high=65536),
+    "max_aspect": number(2, "of their longer side to the shorter", low=1, high=64),
+    "random_crop": flag(False, "crop anywhere, not the centre"),
+}
+_PROFILE = {
+    "enabled": flag(False, "true is an error: start the profiler from outside"),
+    "start_step": silent(None, "of the profile"),
+    "end_step": silent(None, "of the profile"),
+    "ranks": silent(None, "of the profile"),
+    "gen_shape": silent(None, "of the profile"),
+    "trace": silent(None, "of the profile"),
 }
 
 SCHEMA: dict[str, Any] = {
-    "name": "controlnet",
-    "run": None,
+    "name": silent("controlnet", "for interpolation alone; exp_manager.name names the run"),
+    "run": silent(None, "the launcher's own section"),
     "trainer": {
-        "devices": None,
-        "num_nodes": 1,
-        "accelerator": "auto",
-        "precision": "fp32",
-        "logger": False,
-        "enable_checkpointing": False,
-        "use_distributed_sampler": True,
-        "max_epochs": -1,
-        "max_steps": -1,
-        "log_every_n_steps": 10,
-        "accumulate_grad_batches": 1,
-        "gradient_clip_val": Maybe(float),
-        "max_skipped_steps": 10,
-        "deterministic": False,
-        "benchmark": False,
-        "enable_model_summary": True,
-        "enable_progress_bar": True,
-        "limit_val_batches": None,
-        "val_check_interval": None,
-        "num_sanity_val_steps": None,
-        "resume_from_checkpoint": Maybe(str),
+        "devices": Key(
+            (int, str, list), None, "processes of each machine; null or auto takes what torchrun started", True
+        ),
+        "num_nodes": integer(1, "machines", low=1, high=65536),
+        "accelerator": text("auto", "gpu, cpu, or a GPU where there is one", choices=("auto", "gpu", "cuda", "cpu")),
+        "strategy": Key(
+            (str, dict), "auto", "ranks are data-parallel: any DDP strategy is accepted, others are errors", True
+        ),
+        "precision": Key((int, str), "fp32", "fp32, fp16 (with a loss scaler) or bf16, in any usual spelling"),
+        "logger": silent(False, "exp_manager decides what is logged"),
+        "enable_checkpointing": silent(False, "exp_manager decides what is saved"),
+        "use_distributed_sampler": silent(True, "shards are always split by rank and worker"),
+        "max_epochs": integer(-1, "passes over the data; -1 is no limit", low=-1),
+        "max_steps": integer(-1, "updates of the weights; -1 is no limit", low=-1),
+        "max_time": text(None, "DAYS:HOURS:MINUTES:SECONDS after which the run saves and ends"),
+        "log_every_n_steps": integer(10, "steps between two rows of metrics; 0 for none", low=0),
+        "accumulate_grad_batches": integer(
+            1, "micro-batches in a step, without model.global_batch_size", low=1, high=2**20
+        ),
+        "gradient_clip_val": number(None, "norm that gradients are clipped to", low=0),
+        "max_skipped_steps": integer(10, "steps in a row without a finite loss that end the run", low=1),
+        "deterministic": flag(False, "only deterministic algorithms of PyTorch"),
+        "benchmark": flag(False, "let cuDNN choose convolutions by timing them"),
+        "enable_model_summary": silent(True, "the parameter counts are always printed"),
+        "enable_progress_bar": flag(True, "a bar on a terminal, lines in a log"),
+        "limit_val_batches": only(None, _NO_VALIDATION, 0),
+        "val_check_interval": silent(None, _NO_LOOP),
+        "num_sanity_val_steps": silent(None, _NO_LOOP),
+        "resume_from_checkpoint": text(None, "as exp_manager.resume_from_checkpoint"),
     },
     "exp_manager": {
-        "explicit_log_dir": Maybe(str),
-        "exp_dir": Maybe(str),
-        "name": Maybe(str),
-        "create_wandb_logger": False,
-        "wandb_logger_kwargs": None,
-        "create_tensorboard_logger": True,
-        "create_checkpoint_callback": True,
+        "explicit_log_dir": text(None, "folder of the run"),
+        "exp_dir": text(None, "else the run is in exp_dir/name (default runs)"),
+        "name": text(None, "see exp_dir (default controlnet)"),
+        "create_wandb_logger": only(False, "Weights & Biases is not written; " + _REPORTS),
+        "wandb_logger_kwargs": silent(None, "of the logger that create_wandb_logger asks for"),
+        "create_tensorboard_logger": flag(True, "event files beside metrics.jsonl"),
+        "create_checkpoint_callback": flag(True, "whether checkpoints are saved"),
         "checkpoint_callback_params": {
-            "save_top_k": -1,
-            "every_n_train_steps": 5000,
-            "every_n_epochs": 0,
-            "monitor": Maybe(str),
-            "filename": Maybe(str),
+            "save_top_k": integer(-1, "newest checkpoints that are kept; -1 for all", low=-1),
+            "every_n_train_steps": integer(5000, "steps between two checkpoints; 0 for none", low=0),
+            "every_n_epochs": integer(0, "epochs between two checkpoints; 0 for none", low=0),
+            "monitor": text(None, "an error with save_top_k above 0: the newest are kept, not the best"),
+            "filename": silent(None, _PICKLED),
         },
-        "resume_if_exists": False,
-        "resume_ignore_no_checkpoint": True,
-        "resume_from_checkpoint": Maybe(str),
-        "resume_with_other_world_size": False,
+        "resume_if_exists": flag(False, "go on with the newest complete checkpoint of the run's folder"),
+        "resume_ignore_no_checkpoint": flag(True, "start anew where resume_if_exists finds none"),
+        "resume_from_checkpoint": text(None, "folder of the checkpoint to go on from"),
+        "resume_with_other_world_size": flag(
+            False, "go on with another number of ranks; the random streams start anew"
+        ),
+        "max_time_per_run": text(None, "as trainer.max_time"),
         "ema": {
-            "enable": False,
-            "decay": 0.9999,
-            "validate_original_weights": False,
-            "every_n_steps": 1,
-            "cpu_offload": False,
+            "enable": flag(False, "keep a running average of the trained weights"),
+            "decay": number(0.9999, "of the average", low=0, below=1),
+            "validate_original_weights": flag(False, "draw samples with the trained weights, not the average"),
+            "every_n_steps": integer(1, "steps between two updates of the average", low=1),
+            "cpu_offload": only(False, "the average stays beside the weights"),
         },
     },
     "model": {
-        "_target_": "controlnet.model.controlled.ControlledUNet",
-        "precision": None,
-        "micro_batch_size": 1,
-        "global_batch_size": Maybe(int),
+        "_target_": text(
+            "controlnet.model.controlled.ControlledUNet", "ControlLDM or MegatronControlNet, by any of its names"
+        ),
+        "precision": Key((int, str), None, "as trainer.precision", True),
+        "micro_batch_size": integer(1, "images of one forward pass of one rank", low=1, high=2**20),
+        "global_batch_size": integer(
+            None, "images of a step over all ranks; the rest is accumulated", low=1, high=2**30
+        ),
         # noise schedule
-        "timesteps": 1000,
-        "linear_start": 0.00085,
-        "linear_end": 0.0120,
-        "cosine_s": 8e-3,
-        "beta_schedule": "linear",
-        "given_betas": Maybe(list),
-        "parameterization": "eps",
-        "num_timesteps_cond": 1,
-        "v_posterior": 0.0,
-        "original_elbo_weight": 0.0,
-        "l_simple_weight": 1.0,
-        "loss_type": "l2",
-        "learn_logvar": False,
-        "logvar_init": 0.0,
-        "clip_denoised": True,
-        "log_every_t": 200,
-        # batch members, latents, text
-        "first_stage_key": "images",
-        "cond_stage_key": "captions",
-        "control_key": "hint",
-        "image_size": 64,
-        "channels": 4,
-        "scale_factor": 0.18215,
-        "scale_by_std": False,
-        "cond_stage_trainable": False,
-        "cond_stage_forward": None,
-        "conditioning_key": "crossattn",
-        "concat_mode": True,
-        "use_positional_encodings": False,
-        "text_embedding_dropout_rate": 0.0,
-        "monitor": None,
+        "timesteps": integer(1000, "noise levels", low=1, high=100_000),
+        "linear_start": number(0.00085, "first beta", above=0, below=1),
+        "linear_end": number(0.0120, "last beta", above=0, below=1),
+        "cosine_s": number(8e-3, "offset of the cosine schedule", above=0, below=1),
+        "beta_schedule": text("linear", "kind of noise schedule", choices=("linear", "sqrt_linear", "sqrt", "cosine")),
+        "given_betas": several(None, "betas that replace the schedule", number(..., "", above=0, below=1)),
+        "parameterization": text("eps", "what the network predicts", choices=("eps", "v", "x0")),
+        "num_timesteps_cond": only(1, "there is no schedule for the conditioning"),
+        "v_posterior": only(0.0, "sampling uses DDIM, which has no posterior variance"),
+        "original_elbo_weight": only(0.0, _PLAIN_LOSS),
+        "l_simple_weight": only(1.0, _PLAIN_LOSS),
+        "loss_type": only("l2", _PLAIN_LOSS),
+        "learn_logvar": only(False, _PLAIN_LOSS),
+        "logvar_init": only(0.0, _PLAIN_LOSS),
+        "clip_denoised": silent(True, "latents are never clipped"),
+        "log_every_t": silent(200, "samples are drawn whole"),
+        # batch entries, latents, text
+        "first_stage_key": text(
+            "images", "name of the images in a batch; an image extension (jpg) is that of the shards, too"
+        ),
+        "cond_stage_key": text("captions", "name of the captions in a batch; txt is the extension in the shards, too"),
+        "control_key": text("hint", "name of the hints in a batch; an image extension is that of the shards, too"),
+        "image_size": silent(64, "the network takes any size; data decides it"),
+        "channels": integer(None, "channels of the latent; unet_config.in_channels, which it must equal", low=1),
+        "scale_factor": number(0.18215, "brings latents to unit variance", above=0),
+        "scale_by_std": only(False, "the latent scale is model.scale_factor"),
+        "cond_stage_trainable": only(False, "the condition stage is frozen"),
+        "cond_stage_forward": only(None, "the condition stage has one forward"),
+        "conditioning_key": only("crossattn", "the text reaches the U-Net through cross-attention alone"),
+        "concat_mode": silent(True, "nothing is concatenated to the latents"),
+        "use_positional_encodings": only(False, "latents carry no positional encoding"),
+        "text_embedding_dropout_rate": number(0.0, "share of captions replaced by the empty one", low=0, high=1),
+        "monitor": silent(None, "of a callback; exp_manager.checkpoint_callback_params.monitor is the checkpoints'"),
         # what is trained, and how
-        "sd_locked": True,
-        "only_mid_control": False,
-        "learning_rate": 1e-4,
-        "use_ema": False,
-        "fused_opt": True,
-        "channels_last": False,
-        "inductor": False,
-        "inductor_cudagraphs": False,
-        "capture_cudagraph_iters": -1,
-        "gradient_as_bucket_view": True,
-        "seed": 1234,
-        "apex_transformer_log_level": None,
-        "nsys_profile": None,
+        "sd_locked": flag(True, "freeze the decoder of the U-Net"),
+        "only_mid_control": flag(False, "control the middle block alone"),
+        "learning_rate": number(None, "optim.lr, where that is not given", low=0),
+        "base_learning_rate": number(None, "as learning_rate", low=0),
+        "use_ema": flag(False, "as exp_manager.ema.enable"),
+        "fused_opt": only(True, "the optimizer is one fused kernel"),
+        "channels_last": flag(False, "memory format of the model"),
+        "inductor": flag(False, "compile the step with TorchInductor"),
+        "inductor_cudagraphs": only(False, "compilation leaves CUDA graphs off; model.inductor compiles"),
+        "capture_cudagraph_iters": only(-1, "training captures no CUDA graph"),
+        "gradient_as_bucket_view": flag(True, "gradients are views of the buckets of DistributedDataParallel"),
+        "ddp_overlap": silent(True, _BUCKETS),
+        "seed": integer(1234, "of weights, data order and noise", low=0, high=2**62),
+        "apex_transformer_log_level": silent(30, "Apex is not used"),
+        "megatron_amp_O2": silent(False, "trained weights are float32, locked ones in trainer.precision, either way"),
+        "tensor_model_parallel_size": only(1, _ONE),
+        "pipeline_model_parallel_size": only(1, _ONE),
+        "virtual_pipeline_model_parallel_size": only(None, _ONE, 1),
+        "context_parallel_size": only(1, _ONE),
+        "sequence_parallel": only(False, _ONE),
+        "nsys_profile": mapping("profile of some steps", _PROFILE),
         # weights
-        "ckpt_path": Maybe(str),
-        "ignore_keys": [],
-        "load_only_unet": False,
-        "load_unet": True,
-        "load_vae": True,
-        "load_encoder": True,
-        "resume_from_checkpoint": Maybe(str),
+        "ckpt_path": text(None, "file whose weights replace those of the parts"),
+        "restore_from_path": text(
+            None, "of NeMo's inference files: the checkpoint, for `python -m controlnet.generate`"
+        ),
+        "ignore_keys": only([], "weights are loaded whole; a missing tensor is an error"),
+        "load_only_unet": flag(False, "take the U-Net alone from ckpt_path"),
+        "load_unet": flag(True, "take the U-Net from ckpt_path"),
+        "load_vae": flag(True, "take the first stage from ckpt_path"),
+        "load_encoder": flag(True, "take the condition stage from ckpt_path"),
+        "resume_from_checkpoint": text(None, "as exp_manager.resume_from_checkpoint"),
         # parts
         "unet_config": STAGE,
         "control_stage_config": STAGE,
         "first_stage_config": STAGE,
         "cond_stage_config": STAGE,
         "image_logger": {
-            "batch_frequency": 1000,
-            "max_images": 4,
-            "disabled": False,
-            "log_first_step": False,
+            "batch_frequency": integer(1000, "steps between two grids of samples; 0 for none", low=-1),
+            "max_images": integer(4, "samples of a grid", low=0, high=4096),
+            "disabled": flag(False, "draw no samples"),
+            "log_first_step": flag(False, "draw samples after the first step, too"),
             "log_images_kwargs": {
-                "ddim_steps": 50,
-                "ddim_eta": 0.0,
-                "unconditional_guidance_scale": 9.0,
+                "ddim_steps": integer(50, "steps of a sample", low=1, high=100_000),
+                "ddim_eta": number(0.0, "0 deterministic, 1 as noisy as DDPM", low=0, high=1),
+                "unconditional_guidance_scale": number(9.0, "strength of the caption"),
             },
         },
     },
     # `model.data` and `model.optim` (NeMo's place) are moved here.
     "data": {
-        "num_workers": 0,
-        "synthetic_data": False,
-        "synthetic_data_length": 10000,
+        "num_workers": integer(0, "processes of a rank that decode; 0 decodes in the rank", low=0, high=4096),
+        "synthetic_data": only(False, "training reads shards; `make quickstart` makes some"),
+        "synthetic_data_length": silent(10000, "of what synthetic_data asks for"),
         "train": {
-            "dataset_path": [],
-            "augmentations": {
-                "resize_smallest_side": Maybe(int),
-                "center_crop_h_w": None,
-                "random_crop_h_w": None,
-                "horizontal_flip": None,
+            "dataset_path": Key(
+                (str, list), [], "tar files, with braces or wildcards, or wdinfo .pkl files", items=text(..., "")
+            ),
+            "augmentations": _AUGMENTATIONS,
+            "buckets": mapping("sizes of the crop, of which each image takes the one nearest to its shape", _BUCKETS),
+            "hint": {
+                "kind": text(
+                    "picture", "what a hint is: a picture, or a map of class ids", choices=("picture", "labels")
+                ),
+                "palette": text(None, "colours of class ids: ade20k, cocostuff, or a file"),
+                "ground": text("white", "colour that transparent hints are laid on"),
             },
-            "buckets": None,
-            "hint": {"kind": "picture", "palette": Maybe(str), "ground": "white"},
-            "filterings": None,
-            "data_sharding": True,
-            "extensions": {"image": "jpg;jpeg;webp", "caption": "txt", "hint": "png;npy"},
-            "ignored_extensions": [],
-            "max_bad_fraction": 0.05,
+            "filterings": mapping("which samples are used", _FILTERINGS),
+            "data_sharding": flag(True, "a rank has the same shards in every epoch; false deals them anew"),
+            "extensions": {
+                "image": text("jpg;jpeg;webp", "of the members that are images; alternatives as jpg;webp"),
+                "caption": text("txt", "of the captions"),
+                "hint": text("png;npy", "of the hints"),
+            },
+            "ignored_extensions": several([], "members that are not read", text(..., "")),
+            "max_bad_fraction": number(0.05, "share of unusable samples that ends the run", low=0, high=1),
         },
         "webdataset": {
-            "infinite_sampler": False,
-            "local_root_path": Maybe(str),
-            "chunk_size": Maybe(int),
-            "shuffle_buffer": Maybe(int),
-            "use_webdataset": True,
-            "verbose": False,
+            "infinite_sampler": flag(False, "draw shards with replacement"),
+            "local_root_path": text(None, "folder that relative paths start from"),
+            "chunk_size": integer(None, "samples in a shard, where no .pkl says it", low=1),
+            "shuffle_buffer": integer(
+                None, "samples to shuffle among (default chunk_size, or 1000)", low=0, high=10**8
+            ),
+            "use_webdataset": only(True, "shards are the one data format"),
+            "verbose": silent(False, "drops are always counted and logged"),
         },
     },
     "optim": {
-        "name": "fused_adam",
-        "lr": 1e-4,
-        "weight_decay": 0.0,
-        "betas": [0.9, 0.999],
-        "eps": 1e-8,
+        "name": text(
+            "fused_adam", "AdamW (adamw, and NeMo's fused_adam, megatron_fused_adam, distributed_fused_adam), or adam"
+        ),
+        "lr": number(1e-4, "learning rate after the warm-up", low=0),
+        "weight_decay": number(0.0, "decoupled, as in AdamW", low=0),
+        "betas": several([0.9, 0.999], "of Adam", number(..., "", low=0, below=1), length=2),
+        "eps": number(1e-8, "of Adam", above=0),
+        "overlap_grad_sync": silent(True, _BUCKETS),
+        "overlap_param_sync": silent(True, _BUCKETS),
+        "contiguous_grad_buffer": silent(True, _BUCKETS),
+        "contiguous_param_buffer": silent(True, _BUCKETS),
+        "bucket_cap_mb": silent(None, _BUCKETS),
         "sched": {
-            "name": "WarmupHoldPolicy",
-            "warmup_steps": 0,
-            "warmup_ratio": Maybe(float),
-            "hold_steps": Maybe(int),
-            "max_steps": Maybe(int),
-            "min_lr": 0.0,
+            "name": text(
+                "WarmupHoldPolicy", "constant (WarmupHoldPolicy, WarmupPolicy), cosine (CosineAnnealing) or linear"
+            ),
+            "warmup_steps": integer(0, "steps of the rising rate", low=0),
+            "warmup_ratio": number(None, "the same as a share of all steps", low=0, high=1),
+            "hold_steps": integer(None, "of a constant rate, which is held to the end; an error with a decay", low=0),
+            "max_steps": integer(None, "where the decay ends (default trainer.max_steps)", low=1),
+            "min_lr": number(0.0, "where the decay ends", low=0),
         },
     },
-}
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "trainer.accelerator": ("auto", "gpu", "cuda", "cpu"),
-    "model._target_": ("controlnet.model.controlled.ControlledUNet",),
-    "model.parameterization": ("eps", "v", "x0"),
-    "data.train.hint.kind": ("picture", "labels"),
-    "model.beta_schedule": ("linear", "sqrt_linear", "sqrt", "cosine"),
-}
-
-# Keys of other systems that change the result there and are not built here: only the value that asks for nothing.
-ONLY: dict[str, tuple[Any, str]] = {
-    "model.num_timesteps_cond": (1, "there is no schedule for the conditioning"),
-    "model.conditioning_key": ("crossattn", "the text reaches the U-Net through cross-attention alone"),
-    "model.cond_stage_trainable": (False, "the condition stage is frozen"),
-    "model.cond_stage_forward": (None, "the condition stage has one forward"),
-    "model.scale_by_std": (False, "the latent scale is model.scale_factor"),
-    "model.use_positional_encodings": (False, "latents carry no positional encoding"),
-    "model.learn_logvar": (False, "the loss is the plain mean squared error"),
-    "model.logvar_init": (0.0, "the loss is the plain mean squared error"),
-    "model.original_elbo_weight": (0.0, "the loss is the plain mean squared error"),
-    "model.l_simple_weight": (1.0, "the loss is the plain mean squared error"),
-    "model.loss_type": ("l2", "the loss is the plain mean squared error"),
-    "model.ignore_keys": ([], "weights are loaded whole; a missing tensor is an error"),
-    "data.synthetic_data": (False, "training reads shards; `make quickstart` makes some"),
-    "data.webdataset.use_webdataset": (True, "shards are the one data format"),
-}
-
-# Accepted so that other systems' files run as they are; loading names those that a file sets, once.
-NO_EFFECT: dict[str, str] = {
-    "name": "only for interpolation; exp_manager.name names the run",
-    "run": "the launcher's own section",
-    "trainer.logger": "exp_manager decides what is logged",
-    "trainer.enable_checkpointing": "exp_manager decides what is saved",
-    "trainer.use_distributed_sampler": "shards are split by rank and worker",
-    "trainer.enable_model_summary": "the parameter counts are always printed",
-    "trainer.limit_val_batches": "there is no validation loop; image_logger draws samples",
-    "trainer.val_check_interval": "there is no validation loop; image_logger draws samples",
-    "trainer.num_sanity_val_steps": "there is no validation loop; image_logger draws samples",
-    "exp_manager.create_wandb_logger": "metrics go to metrics.jsonl and TensorBoard",
-    "exp_manager.wandb_logger_kwargs": "metrics go to metrics.jsonl and TensorBoard",
-    "exp_manager.checkpoint_callback_params.monitor": "the newest checkpoints are kept, not the best",
-    "exp_manager.checkpoint_callback_params.filename": "checkpoints are folders named by step",
-    "exp_manager.ema.cpu_offload": "the average stays beside the weights",
-    "model.precision": "trainer.precision decides",
-    "model.first_stage_key": "a batch always calls it images; the extension is a key of data",
-    "model.cond_stage_key": "a batch always calls it captions; the extension is a key of data",
-    "model.control_key": "a batch always calls it hint; the extension is a key of data",
-    "model.image_size": "the network takes any size; data decides it",
-    "model.channels": "unet_config.in_channels decides",
-    "model.concat_mode": "nothing is concatenated to the latents",
-    "model.clip_denoised": "latents are never clipped",
-    "model.log_every_t": "samples are drawn whole",
-    "model.v_posterior": "sampling uses DDIM, which has no posterior variance",
-    "model.monitor": "the newest checkpoints are kept, not the best",
-    "model.learning_rate": "optim.lr decides",
-    "model.use_ema": "exp_manager.ema decides",
-    "model.inductor_cudagraphs": "compilation leaves CUDA graphs off",
-    "model.capture_cudagraph_iters": "training captures no CUDA graph",
-    "model.fused_opt": "the optimizer is always the fused one",
-    "model.apex_transformer_log_level": "Apex is not used",
-    "model.nsys_profile": "profilers are started from outside",
-    "data.synthetic_data_length": "there is no synthetic data",
-    "optim.sched.hold_steps": "the rate is held to the end",
-    "data.webdataset.verbose": "drops are always counted and logged",
-}
-
-# The same for keys of the parts, dropped before the class is called unless its signature has them.
-STAGE_NO_EFFECT: dict[str, dict[str, str]] = {
-    "unet_config": {
-        "image_size": "the network takes any size",
-        "use_fp16": "trainer.precision decides",
-        "unet_precision": "trainer.precision decides",
-        "timesteps": "timestep embeddings are computed, not tabulated",
-        "offload_to_cpu": "activation checkpoints stay on their device",
-        "use_te_dpa": "Transformer Engine is not used",
-        "spatial_transformer_attn_type": "attention is softmax attention",
-        "use_fairscale_checkpoint": "use_checkpoint decides",
-    },
-    "first_stage_config": {
-        "monitor": "the first stage is not trained",
-        "lossconfig": "the first stage is not trained",
-        "image_key": "the first stage is not trained",
-        "colorize_nlabels": "the first stage is not trained",
-    },
-    "cond_stage_config": {
-        "device": "the text encoder lives where the model lives",
-        "freeze": "the condition stage is always frozen",
-        "arch": "the folder's own configuration decides",
-    },
-}
-STAGE_NO_EFFECT["control_stage_config"] = STAGE_NO_EFFECT["unet_config"]
-
-# Keys of the parts that `build.py` reads; the class does not see them.
-WEIGHT_KEYS: dict[str, tuple[str, ...]] = {
-    "unet_config": ("from_pretrained", "from_NeMo"),
-    "control_stage_config": ("from_pretrained_unet", "from_pretrained", "from_NeMo"),
-}
-
-STAGE_TARGETS: dict[str, tuple[str, ...]] = {
-    "unet_config": ("controlnet.model.unet.UNet",),
-    "control_stage_config": ("controlnet.model.controlnet.ControlNet",),
-    "first_stage_config": ("controlnet.conditioning.AutoencoderKL", "controlnet.conditioning.SpaceToDepth"),
-    "cond_stage_config": ("controlnet.conditioning.CLIPTextEncoder", "controlnet.conditioning.WordEmbedder"),
-}
-
-# Classes that take their arguments as the fields of another.
-PARAMETERS: dict[str, str] = {
-    "controlnet.model.unet.UNet": "controlnet.model.architecture.UNetArchitecture",
-    "controlnet.model.controlnet.ControlNet": "controlnet.model.architecture.ControlNetArchitecture",
-}
-
-_NEMO = "nemo.collections.multimodal.models."
-_NEMO_SD = "nemo.collections.multimodal.modules.stable_diffusion."
-TARGETS: dict[str, str] = {
-    "cldm.cldm.ControlLDM": "controlnet.model.controlled.ControlledUNet",
-    "cldm.cldm.ControlledUnetModel": "controlnet.model.unet.UNet",
-    "cldm.cldm.ControlNet": "controlnet.model.controlnet.ControlNet",
-    "ldm.modules.diffusionmodules.openaimodel.UNetModel": "controlnet.model.unet.UNet",
-    "ldm.models.autoencoder.AutoencoderKL": "controlnet.conditioning.AutoencoderKL",
-    "ldm.modules.encoders.modules.FrozenCLIPEmbedder": "controlnet.conditioning.CLIPTextEncoder",
-    "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder": "controlnet.conditioning.CLIPTextEncoder",
-    _NEMO_SD + "diffusionmodules.openaimodel.UNetModel": "controlnet.model.unet.UNet",
-    _NEMO_SD + "encoders.modules.FrozenCLIPEmbedder": "controlnet.conditioning.CLIPTextEncoder",
-    _NEMO_SD + "encoders.modules.FrozenOpenCLIPEmbedder": "controlnet.conditioning.CLIPTextEncoder",
-    "diffusers.AutoencoderKL": "controlnet.conditioning.AutoencoderKL",
-    "transformers.CLIPTextModel": "controlnet.conditioning.CLIPTextEncoder",
-    # this package's own names before its modules moved into folders
-    "controlnet.unet.UNet": "controlnet.model.unet.UNet",
-    "controlnet.controlnet.ControlNet": "controlnet.model.controlnet.ControlNet",
-    "controlnet.diffusion.ControlledUNet": "controlnet.model.controlled.ControlledUNet",
-}
-for _package in (_NEMO, _NEMO + "text_to_image."):
-    TARGETS[_package + "controlnet.controlnet.ControlLDM"] = "controlnet.model.controlled.ControlledUNet"
-    TARGETS[_package + "controlnet.controlnet.MegatronControlNet"] = "controlnet.model.controlled.ControlledUNet"
-    TARGETS[_package + "controlnet.controlnet.ControlledUnetModel"] = "controlnet.model.unet.UNet"
-    TARGETS[_package + "controlnet.controlnet.ControlNet"] = "controlnet.model.controlnet.ControlNet"
-    TARGETS[_package + "stable_diffusion.ldm.autoencoder.AutoencoderKL"] = "controlnet.conditioning.AutoencoderKL"
-
-# Arguments that a target's own defaults give a meaning that ours would not.
-TARGET_DEFAULTS: dict[str, dict[str, Any]] = {
-    "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder": {"layer": "penultimate"},
-    _NEMO_SD + "encoders.modules.FrozenOpenCLIPEmbedder": {"layer": "penultimate"},
-}
-
-REFUSED_TARGETS: dict[str, str] = {
-    _NEMO_SD + "encoders.modules.FrozenMegatronCLIPEmbedder": (
-        "its weights exist only as Megatron checkpoints; use a transformers folder of the same CLIP text encoder"
-    ),
 }

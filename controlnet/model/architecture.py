@@ -101,7 +101,7 @@ class Architecture:
     conv_resample: bool = True
     dropout: float = 0.0
     use_checkpoint: bool = False
-    use_flash_attention: bool = False
+    use_flash_attention: bool = True
     dims: int = 2
     num_classes: Any = None
     n_embed: Any = None

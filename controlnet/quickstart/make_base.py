@@ -64,7 +64,7 @@ def train(cfg: DictConfig, steps: int, output: Path, *, scenes: int = SCENES, ev
     streams = RandomStreams(cfg.model.seed, 0, "cpu")
     schedule, conditioning = NoiseSchedule.from_config(cfg.model), build.build_conditioning(cfg.model, weights=False)
     node = {key: value for key, value in cfg.model.unet_config.items() if key != "from_pretrained"}
-    unet = config.instantiate(node)
+    unet = build.instantiate(node)
     optimizer = build_optimizer(unet.parameters(), OPTIMIZER)
     rate = LearningRate({**OPTIMIZER, "sched": SCHEDULE}, steps)
     average = ExponentialAverage(unet, AVERAGE_DECAY)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from controlnet.config import ConfigError, nearest
+from controlnet.config import ConfigError, did_you_mean
 
 OPTIMIZERS = {
     "fused_adam": torch.optim.AdamW,
@@ -38,7 +38,7 @@ def build_optimizer(parameters: Iterator[nn.Parameter], config: Mapping[str, Any
     name = config["name"]
     if name not in OPTIMIZERS:
         raise ConfigError(
-            f"optim.name is {name!r}; expected one of {', '.join(OPTIMIZERS)} (nearest: {nearest(name, OPTIMIZERS)})"
+            f"optim.name is {name!r}; expected one of {', '.join(OPTIMIZERS)}{did_you_mean(name, OPTIMIZERS)}"
         )
     trainable = list(parameters)
     if not trainable:
@@ -74,8 +74,7 @@ class LearningRate:
         name = schedule["name"]
         if name not in SCHEDULES:
             raise ConfigError(
-                f"optim.sched.name is {name!r}; expected one of {', '.join(SCHEDULES)}"
-                f" (nearest: {nearest(name, SCHEDULES)})"
+                f"optim.sched.name is {name!r}; expected one of {', '.join(SCHEDULES)}{did_you_mean(name, SCHEDULES)}"
             )
         self.kind = SCHEDULES[name]
         self.lr, self.min_lr = float(config["lr"]), float(schedule["min_lr"] or 0.0)

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from controlnet.config import ConfigError
+from controlnet.config import ConfigError, dtype
 from controlnet.model.controlled import ControlledUNet
 from controlnet.model.diffusion import DiffusionLoss, NoiseSchedule
 from controlnet.training import checkpoint
@@ -30,7 +30,6 @@ from controlnet.training.validation import draw_grid
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The only buffers are the tables of the noise schedule, constants. PyTorch renames the argument that says so.
 _SYNC_BUFFERS = "forward_sync_buffers"
 if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel.__init__).parameters:
@@ -108,7 +107,7 @@ class Trainer:
         self.learning_rate = LearningRate(cfg.optim, self.max_steps)
         self.streams = streams or RandomStreams(cfg.model.seed, world.rank, world.device)
         self.schedule = NoiseSchedule.from_config(cfg.model).to(world.device)
-        self._place(PRECISIONS[cfg.trainer.precision])
+        self._place(dtype(cfg.trainer.precision))
         self.conditioning = conditioning.to(world.device)
         self.optimizer = build_optimizer(self.trainable, cfg.optim)
         ema = cfg.exp_manager.ema

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import controlnet
 from controlnet import config
-from controlnet.build import build_conditioning, build_model
+from controlnet.build import build_conditioning, build_model, instantiate
 from controlnet.checkpoints import CheckpointError
 from controlnet.config import ConfigError
 from controlnet.model.diffusion import DiffusionLoss, NoiseSchedule
@@ -88,7 +88,7 @@ def test_the_recipe_takes_a_real_step_at_reduced_width(tmp_path):
         ],
     ).model
     node = {key: value for key, value in model_config.unet_config.items() if key != "from_pretrained"}
-    locked = randomised(config.instantiate(node), seed=1)
+    locked = randomised(instantiate(node), seed=1)
     for parameter in locked.parameters():
         parameter.data *= 0.05
     tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in locked.state_dict().items()}

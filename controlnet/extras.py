@@ -1,0 +1,39 @@
+"""Packages that only some uses need: asked for where they are wanted, in words that say how to get them."""
+
+import importlib.util
+import os
+
+NAMES = {"yaml": "PyYAML"}  # what pip calls a package whose module has another name
+
+
+def require(*modules: str, extra: str, wanted_by: str) -> None:
+    """Raises ImportError, naming all that are missing, unless these modules are installed.
+
+    Arguments:
+        extra: of this project's pyproject.toml; installing it brings them.
+        wanted_by: what needs them, the end of the message.
+    """
+    missing = [name for name in modules if not _installed(name)]
+    if missing:
+        names = [NAMES.get(name, name) for name in missing]
+        verb = "is" if len(names) == 1 else "are"
+        raise ImportError(
+            f"{' and '.join(names)} {verb} not installed: {wanted_by}. pip install {' '.join(names)}, or, in the"
+            f" repository, pip install -e '.[{extra}]'"
+        )
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # blocked: sys.modules has None for it
+        return False
+
+
+def quiet_libraries() -> None:
+    """Keeps diffusers and transformers from printing what does not concern our users; for entry points, at the start.
+
+    Both read these variables when they are imported; a user who has set them keeps what was set.
+    """
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")

@@ -6,43 +6,65 @@
 The loop is in `trainer.py`, one step of it in `diffusion.py`.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from controlnet import build, config
+from controlnet import build, command, config
+from controlnet.config import ConfigError
 from controlnet.data import build_loader
+from controlnet.extras import quiet_libraries, require
 from controlnet.training.distributed import RankError, StopRequest, World, start
 from controlnet.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 logger = logging.getLogger("controlnet")
 
 
+EXAMPLES = """
+one process:    python -m controlnet.train --config controlnet/configs/sd15_seg.yaml trainer.devices=auto \\
+                    model.unet_config.from_pretrained=v1-5-pruned.ckpt data.train.dataset_path=[shards/wdinfo.pkl]
+two processes:  torchrun --nproc_per_node 2 -m controlnet.train --config controlnet/configs/sd15_seg.yaml
+on a CPU, now:  python -m controlnet.quickstart
+"""
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m controlnet.train",
-        description="Trains a ControlNet. For N processes: torchrun --nproc_per_node N -m controlnet.train ...",
-    )
-    parser.add_argument("--config", required=True, help="YAML file; see controlnet/configs/")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="settings that replace the file's, e.g. trainer.precision=bf16 model.micro_batch_size=4",
-    )
-    return parser.parse_args(argv)
+    parser = command.parser("controlnet.train", "Trains a ControlNet.", EXAMPLES)
+    parser.add_argument("--config", required=True, help=f"YAML file; shipped are {', '.join(command.shipped())}")
+    command.add_overrides(parser)
+    return command.parse(parser, argv)
+
+
+def check_resume(cfg: DictConfig) -> None:
+    """Raises ConfigError for a file where the folder of a checkpoint is expected."""
+    for section in ("exp_manager", "model", "trainer"):
+        path = cfg[section].resume_from_checkpoint
+        if path is not None and Path(path).is_file():
+            raise ConfigError(
+                f"{section}.resume_from_checkpoint is {path}, a file; a run goes on from a checkpoint's folder, as"
+                " runs/NAME/checkpoints/step-00005000. To start from the weights of a file, set"
+                " model.control_stage_config.from_pretrained (a ControlNet) or model.ckpt_path (all parts)"
+            )
 
 
 def check_ranks(world: World, cfg: DictConfig, model: nn.Module) -> None:
     """Raises RankError on every rank unless all of them run the same thing, from the same weights."""
+    from omegaconf import OmegaConf  # an optional package, which `config.load` has asked for
+
     text = OmegaConf.to_yaml(cfg, sort_keys=True)
     weights = torch.stack([parameter.detach().double().sum() for parameter in model.parameters()])
     world.require_equal(
@@ -99,11 +121,17 @@ def _announce(trainer: Trainer) -> None:
 @record
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = _arguments(argv)
+    quiet_libraries()
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     with StopRequest() as stop:
         try:
+            require("tqdm", extra="train", wanted_by="it shows the progress")
             cfg = config.load(arguments.config, arguments.overrides)
+            check_resume(cfg)
+            if cfg.exp_manager.create_tensorboard_logger:
+                why = "or set exp_manager.create_tensorboard_logger=False"
+                require("tensorboard", extra="train", wanted_by=f"it draws the curves of a run; {why}")
             world = start(cfg.trainer.devices, cfg.trainer.num_nodes, cfg.trainer.accelerator)
             trainer = prepare(cfg, world, stop)
             trainer.resume()

@@ -68,7 +68,7 @@ SCHEMA: dict[str, Any] = {
         "use_distributed_sampler": silent(True, "shards are always split by rank and worker"),
         "max_epochs": integer(-1, "passes over the data; -1 is no limit", low=-1),
         "max_steps": integer(-1, "updates of the weights; -1 is no limit", low=-1),
-        "max_time": text(None, "DAYS:HOURS:MINUTES:SECONDS after which the run saves and ends"),
+        "max_time": text(None, "as exp_manager.max_time_per_run"),
         "log_every_n_steps": integer(10, "steps between two rows of metrics; 0 for none", low=0),
         "accumulate_grad_batches": integer(
             1, "micro-batches in a step, without model.global_batch_size", low=1, high=2**20
@@ -105,7 +105,7 @@ SCHEMA: dict[str, Any] = {
         "resume_with_other_world_size": flag(
             False, "go on with another number of ranks; the random streams start anew"
         ),
-        "max_time_per_run": text(None, "as trainer.max_time"),
+        "max_time_per_run": text(None, "DAYS:HOURS:MINUTES:SECONDS after which the run saves and ends"),
         "ema": {
             "enable": flag(False, "keep a running average of the trained weights"),
             "decay": number(0.9999, "of the average", low=0, below=1),

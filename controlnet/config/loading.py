@@ -69,6 +69,11 @@ def compose(
         return _checked(merged, tree)
 
 
+def save(cfg: "DictConfig", path: str | PathLike) -> None:
+    """Writes a configuration that `load` reads again; what it has from environment variables stays a reference."""
+    _omegaconf().OmegaConf.save(cfg, path, resolve=False)
+
+
 def _checked(merged: "DictConfig", tree: dict) -> "DictConfig":
     """Checks the values of the merged configuration, moves those that belong elsewhere, and drops the silent ones."""
     OmegaConf = _omegaconf().OmegaConf
@@ -94,7 +99,7 @@ def _checked(merged: "DictConfig", tree: dict) -> "DictConfig":
 
 # Keys whose value `rules` has brought where it is read.
 _MOVED = {
-    "trainer.strategy", "exp_manager.max_time_per_run", "exp_manager.checkpoint_callback_params.monitor",
+    "trainer.strategy", "trainer.max_time", "exp_manager.checkpoint_callback_params.monitor",
     "model.precision", "model.channels", "model.learning_rate", "model.base_learning_rate", "model.use_ema",
     "model.nsys_profile", "model.restore_from_path",
 }  # fmt: skip

@@ -101,10 +101,10 @@ def seconds(text: str, path: str) -> int:
 
 
 def _time_limit(cfg: Any, given: Mapping[str, Any]) -> None:
-    limit = _one_of(given, "trainer.max_time", "exp_manager.max_time_per_run")
+    limit = _one_of(given, "exp_manager.max_time_per_run", "trainer.max_time")
     if limit is not None:
-        seconds(limit, "trainer.max_time")
-    cfg.trainer.max_time = limit
+        seconds(limit, "exp_manager.max_time_per_run")
+    cfg.exp_manager.max_time_per_run = limit
 
 
 def _batch_entries(cfg: Any, given: Mapping[str, Any]) -> None:

@@ -6,22 +6,22 @@ Draws scenes into shards, scores the untrained ControlNet, trains by `controlnet
 and scores again. Ends with status 1 when the ControlNet has not learnt to obey.
 """
 
-import argparse
 import itertools
 import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from controlnet import build, config, train
+from controlnet import build, command, config, train
+from controlnet.extras import quiet_libraries, require
 from controlnet.inference.images import grid, to_uint8
 from controlnet.inference.sampling import ddim
 from controlnet.model.diffusion import NoiseSchedule
@@ -40,7 +40,7 @@ SAMPLE_STEPS, GUIDANCE, SAMPLE_SEED, BATCH = 20, 2.0, 0, 16
 
 
 @torch.no_grad()
-def draw(cfg: DictConfig, scenes: Scenes, control: Path | None) -> Tensor:
+def draw(cfg: Mapping[str, Any], scenes: Scenes, control: Path | None) -> Tensor:
     """Samples for the captions and hints of scenes, uint8 [N, 3, H, W].
 
     Arguments:
@@ -154,15 +154,27 @@ def _report(output: Path, result: dict, scene_count: int) -> int:
     return 0 if problem is None else 1
 
 
+EXAMPLES = """
+python -m controlnet.quickstart
+python -m controlnet.quickstart --output /tmp/quickstart trainer.max_steps=1600 optim.lr=1e-3
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m controlnet.quickstart", description=__doc__.split("\n")[0])
+    parser = command.parser("controlnet.quickstart", __doc__.split("\n")[0], EXAMPLES)
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder for everything that is made")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the configuration's")
-    arguments = parser.parse_args(argv)
+    command.add_overrides(parser)
+    arguments = command.parse(parser, argv)
+    quiet_libraries()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # The same sums, so the same scores, on any number of cores; layers this small gain little from more threads.
     torch.set_num_threads(1)
-    return run(arguments.output, arguments.overrides)
+    try:
+        needed = ("omegaconf", "tqdm", "tensorboard", "webdataset")
+        require(*needed, extra="train", wanted_by="the quickstart writes shards and trains on them")
+        return run(arguments.output, arguments.overrides)
+    except (config.ConfigError, ImportError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -51,7 +50,7 @@ def training_set(conditioning: Conditioning, count: int) -> tuple[Tensor, list[s
     return torch.cat(latents), [caption for _, caption in drawn] * 2
 
 
-def train(cfg: DictConfig, steps: int, output: Path, *, scenes: int = SCENES, every: int = 500) -> UNet:
+def train(cfg: Mapping[str, Any], steps: int, output: Path, *, scenes: int = SCENES, every: int = 500) -> UNet:
     """Trains a U-Net and writes its average with the condition stage's tables; returns it.
 
     Arguments:

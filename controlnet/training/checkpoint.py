@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from controlnet import config
 from controlnet.checkpoints import CheckpointError
 from controlnet.checkpoints.runs import (
     AVERAGE,
@@ -46,6 +46,8 @@ from controlnet.model.controlled import ControlledUNet
 from controlnet.training.optim import trainable_tensors
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from controlnet.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -169,7 +171,7 @@ def save(trainer: "Trainer", ranks: Sequence[Mapping[str, Any]]) -> Path:
     files["state.pt"] = functools.partial(torch.save, shared)
     for rank, of_rank in enumerate(ranks):
         files[f"rng-rank{rank}.pt"] = functools.partial(torch.save, of_rank)
-    files["config.yaml"] = lambda path: OmegaConf.save(cfg, path)
+    files["config.yaml"] = lambda path: config.save(cfg, path)
     folder = trainer.folder / CHECKPOINTS
     path = write(folder, trainer.step, files, {"world_size": len(ranks), "torch": torch.__version__})
     prune(folder, manager.checkpoint_callback_params.save_top_k)
@@ -180,7 +182,7 @@ def _trainable_names(model: ControlledUNet) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def choose(folder: Path, cfg: DictConfig) -> Path | None:
+def choose(folder: Path, cfg: "DictConfig") -> Path | None:
     """The checkpoint to take up, or None to start.
 
     With exp_manager.resume_if_exists it is the newest complete one of the run's own folder, before an explicit

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from controlnet.model.controlled import ControlledUNet
 from controlnet.training.distributed import World
@@ -98,6 +97,8 @@ class Reporter:
         if world.is_first:
             self._log = MetricLog(folder, step, cfg["exp_manager"]["create_tensorboard_logger"])
         self._shown = world.is_first and cfg["trainer"]["enable_progress_bar"]
+        from tqdm import tqdm  # an optional package
+
         total = cfg["trainer"]["max_steps"]
         # disable=None: a bar on a terminal, lines (see `row`) in a log file.
         self._bar = tqdm(

@@ -11,10 +11,9 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,6 +26,9 @@ from controlnet.training.metrics import Reporter, control_sensitivity
 from controlnet.training.optim import ExponentialAverage, LearningRate, build_optimizer
 from controlnet.training.randomness import RandomStreams
 from controlnet.training.validation import draw_grid
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +88,7 @@ class Trainer:
 
     def __init__(
         self,
-        cfg: DictConfig,
+        cfg: "DictConfig",
         world: World,
         model: ControlledUNet,
         conditioning: Any,

@@ -1,0 +1,46 @@
+"""What the command lines have in common: how help looks, the shipped configurations, and `key=value` settings."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def shipped() -> list[str]:
+    """The configurations that come with the package, as paths to give to --config."""
+    folder = Path(__file__).parent / "configs"
+    here = Path.cwd()
+    inside = folder.is_relative_to(here)
+    return [str(path.relative_to(here) if inside else path) for path in sorted(folder.glob("*.yaml"))]
+
+
+def parser(module: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser whose --help ends with examples, as they are written."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        epilog="examples:\n" + "\n".join("  " + line for line in examples.strip().splitlines()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Adds `key=value ...`, which is `overrides` of the result."""
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings that replace the file's, such as trainer.precision=bf16 (python -m controlnet.config lists all)",
+    )
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments; settings may stand anywhere among the options. Exits with a message for what is neither."""
+    arguments, rest = parser.parse_known_args(argv)
+    for word in rest:
+        name = word.partition("=")[0]
+        if word.startswith("-") and "." in name:
+            parser.error(f"{word} is a setting of the configuration; write {word.lstrip('-')}, without dashes")
+        if word.startswith("-") or "=" not in word:
+            parser.error(f"{word} is not known; expected an option of --help, or a setting key=value")
+    arguments.overrides = [*arguments.overrides, *rest]
+    return arguments

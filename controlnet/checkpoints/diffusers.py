@@ -24,6 +24,8 @@ def module_names(architecture: Architecture) -> dict[str, str]:
     if not architecture.use_spatial_transformer:
         raise CheckpointError("use_spatial_transformer is false: diffusers has no such U-Net to take weights from")
     names = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
+    if architecture.num_classes is not None:
+        names |= {"label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"}
     names |= _encoder(architecture) | _res("middle_block.0", "mid_block.resnets.0")
     names |= {"middle_block.1": "mid_block.attentions.0"} | _res("middle_block.2", "mid_block.resnets.1")
     if isinstance(architecture, ControlNetArchitecture):

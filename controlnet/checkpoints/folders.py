@@ -29,7 +29,8 @@ _SERVED: dict[str, tuple[Any, ...]] = {
     "encoder_hid_dim": (None,),
     "dual_cross_attention": (False,),
     "class_embed_type": (None,),
-    "addition_embed_type": (None,),
+    "addition_embed_type": (None, "text_time"),
+    "addition_time_embed_dim": (None, 256),
     "num_class_embeds": (None,),
     "resnet_skip_time_act": (False,),
     "resnet_out_scale_factor": (1, None),
@@ -103,6 +104,12 @@ def model_config(architecture: Architecture) -> dict[str, Any]:
             f"num_res_blocks is {blocks} with num_attention_blocks {architecture.num_attention_blocks}: diffusers has"
             f" no such {'ControlNet' if control else 'U-Net'}"
         )
+    depths = [depth for depth in architecture.transformer_depth if depth]
+    if depths and architecture.transformer_depth_middle != architecture.transformer_depth[-1] != 0:
+        raise CheckpointError(
+            f"transformer_depth is {list(architecture.transformer_depth)} with transformer_depth_middle"
+            f" {architecture.transformer_depth_middle}: diffusers' middle block has as many as the last level"
+        )
     config: dict[str, Any] = {
         "_class_name": CLASSES["control" if control else "unet"],
         "in_channels": architecture.in_channels,
@@ -110,11 +117,17 @@ def model_config(architecture: Architecture) -> dict[str, Any]:
         "block_out_channels": [architecture.channels(level) for level in levels],
         "layers_per_block": blocks[0] if len(set(blocks)) == 1 else blocks,
         "cross_attention_dim": architecture.context_dim,
-        "transformer_layers_per_block": architecture.transformer_depth,
+        "transformer_layers_per_block": _layers_per_block(architecture),
         "attention_head_dim": numbers[0] if len(set(numbers)) == 1 else numbers,
         "use_linear_projection": architecture.use_linear_in_transformer,
         "resnet_time_scale_shift": "scale_shift" if architecture.use_scale_shift_norm else "default",
     }
+    if architecture.num_classes is not None:
+        config |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": architecture.adm_in_channels,
+        }
     if architecture.disable_self_attentions is not None:
         config["only_cross_attention"] = list(architecture.disable_self_attentions)
     if control:
@@ -124,6 +137,15 @@ def model_config(architecture: Architecture) -> dict[str, Any]:
         }
     up = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(has_attention)]
     return config | {"out_channels": architecture.out_channels, "up_block_types": up}
+
+
+def _layers_per_block(architecture: Architecture) -> int | list[int]:
+    """diffusers' transformer_layers_per_block, of which the middle block has the last."""
+    middle = architecture.transformer_depth_middle
+    depths = [depth or 1 for depth in architecture.transformer_depth]
+    depths[-1] = architecture.transformer_depth[-1] or middle
+    same = {depth for depth in architecture.transformer_depth if depth} | {middle}
+    return middle if len(same) == 1 else depths
 
 
 def vae_config(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Any]:

@@ -23,8 +23,6 @@ ARCHITECTURES = {"unet": UNetArchitecture, "control": ControlNetArchitecture}
 _TRANSFORMER = ".transformer_blocks."
 # Beginnings of tensors that belong to what this model has not, and the word for it.
 _UNSERVED = {
-    "label_emb.": "class embeddings (SDXL, or a class-conditional model)",
-    "add_embedding.": "added embeddings (SDXL)",
     "class_embedding.": "class embeddings",
     "encoder_hid_proj.": "an image projection (IP-Adapter)",
 }
@@ -63,7 +61,8 @@ def to_original(
             " parameters, then load_unet or load_control"
         )
     hint_blocks = _count(tensors, "controlnet_cond_embedding.blocks")
-    return _renamed(tensors, _module_names(part, levels, hint_blocks))
+    has_vector = any(name.startswith("add_embedding.") for name in tensors)
+    return _renamed(tensors, _module_names(part, levels, hint_blocks, has_vector))
 
 
 def _renamed(tensors: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
@@ -97,7 +96,7 @@ def parameters(tensors: Mapping[str, Tensor], part: str, origin: str, **known: A
     levels = _levels(tensors)
     if not levels:
         raise CheckpointError(f"{origin} has no input_blocks.1: a {part} without encoder")
-    context_dim, depth = _transformer(tensors, read)
+    context_dim, middle_depth = _transformer(tensors, read)
     linear = len(read.shape("middle_block.1.proj_in.weight")) == 2
     channels = [read.shape(f"input_blocks.{level.start}.0.in_layers.2.weight")[0] for level in levels]
     for level, count in enumerate(channels):
@@ -112,12 +111,16 @@ def parameters(tensors: Mapping[str, Tensor], part: str, origin: str, **known: A
         "num_res_blocks": [level.blocks for level in levels],
         "attention_resolutions": [2**i for i, level in enumerate(levels) if level.attentions],
         "use_spatial_transformer": True,
-        "transformer_depth": depth,
+        "transformer_depth": _depth(tensors, levels, middle_depth),
         "context_dim": context_dim,
         "use_linear_in_transformer": linear,
         "legacy": False,
         "use_flash_attention": True,
     }
+    if isinstance(found["transformer_depth"], list):
+        found["transformer_depth_middle"] = middle_depth
+    if "label_emb.0.0.weight" in tensors:
+        found |= {"num_classes": "sequential", "adm_in_channels": read.shape("label_emb.0.0.weight")[1]}
     if any(0 < level.attentions < level.blocks for level in levels):
         found["num_attention_blocks"] = [level.attentions for level in levels]
     found |= _self_attention_off(read, levels, channels, context_dim)
@@ -189,6 +192,15 @@ def _transformer(tensors: Mapping[str, Tensor], read: _Shapes) -> tuple[int, int
     return read.shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1], depth
 
 
+def _depth(tensors: Mapping[str, Tensor], levels: Sequence[_Level], middle: int) -> int | list[int]:
+    """transformer_depth: one number where all levels with attention, and the middle block, have the same."""
+    depths = [
+        _count(tensors, f"input_blocks.{level.start}.1.transformer_blocks") if level.attentions else 0
+        for level in levels
+    ]
+    return depths if any(depth not in (0, middle) for depth in depths) else middle
+
+
 def _self_attention_off(
     read: _Shapes, levels: Sequence[_Level], channels: Sequence[int], context_dim: int
 ) -> dict[str, Any]:
@@ -212,7 +224,7 @@ def _hint(tensors: Mapping[str, Tensor], read: _Shapes) -> dict[str, Any]:
     return {"hint_channels": first[1], "hint_block_channels": [first[0], *widths]}
 
 
-def _module_names(part: str, levels: Sequence[tuple[int, int]], hint_blocks: int) -> dict[str, str]:
+def _module_names(part: str, levels: Sequence[tuple[int, int]], hint_blocks: int, has_vector: bool) -> dict[str, str]:
     """`diffusers.module_names` of an architecture with these levels; nothing but the levels matters to names."""
     partial = any(0 < attentions < blocks for blocks, attentions in levels)
     shared: dict[str, Any] = {
@@ -225,6 +237,8 @@ def _module_names(part: str, levels: Sequence[tuple[int, int]], hint_blocks: int
         "num_heads": 1,
         "use_spatial_transformer": True,
         "context_dim": 1,
+        "num_classes": "sequential" if has_vector else None,
+        "adm_in_channels": 1 if has_vector else None,
     }
     if part == "unet":
         return diffusers.module_names(UNetArchitecture(**shared, out_channels=1))

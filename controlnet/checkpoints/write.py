@@ -150,6 +150,7 @@ def _nemo_config(bundle: Bundle) -> str:
     names = {"unet": "unet_config", "control": "control_stage_config"}
     keys = ("in_channels", "out_channels", "hint_channels", "model_channels", "attention_resolutions", "channel_mult",
             "num_res_blocks", "num_heads", "num_head_channels", "use_spatial_transformer", "transformer_depth",
+            "transformer_depth_middle", "num_classes", "adm_in_channels",
             "context_dim", "use_linear_in_transformer", "legacy")  # fmt: skip
     config = {}
     for part, architecture in bundle.architectures.items():

@@ -174,6 +174,8 @@ def _model(module: nn.Module) -> UNet | ControlNet:
         heads = folders.heads(module.config, origin)
         params = shapes.parameters(shapes.to_original(theirs, part, origin), part, origin, **heads)
         architecture = shapes.architecture(params, part, origin)
+        if architecture.num_classes is not None:
+            raise CheckpointError("the added embeddings of Stable Diffusion XL")
         names = diffusers.module_names(architecture)
     except CheckpointError as error:
         raise Unserved(str(error)) from error

@@ -9,11 +9,9 @@ GROUPS = 32  # of every group norm, as in all checkpoints of this family
 # Parameters of the original implementations that this model takes at these values alone.
 ONLY_VALUES = {
     "dims": (2,),
-    "num_classes": (None,),
+    "num_classes": (None, "sequential"),
     "n_embed": (None,),
-    "adm_in_channels": (None,),
     "resblock_gn_groups": (None, GROUPS),
-    "transformer_depth_middle": (None,),
     "lora_network_alpha": (None,),
     "use_te_fp8": (False,),
 }
@@ -51,7 +49,12 @@ class Architecture:
             without `use_spatial_transformer` and `num_head_channels`.
         legacy: see num_heads_upsample; no other effect.
         use_spatial_transformer: attention is a transformer that reads the context; else plain self-attention.
-        transformer_depth: transformer blocks in each spatial transformer.
+        transformer_depth: transformer blocks in each spatial transformer, one number or one for each level (0, or any
+            number, for a level without attention).
+        transformer_depth_middle: the same of the middle block (None: that of the last level).
+        num_classes: "sequential" adds an embedding of a vector y [N, adm_in_channels] to that of the timestep, as
+            Stable Diffusion XL has it for the pooled prompt and the image's sizes; None: there is none.
+        adm_in_channels: channels of y; required with num_classes, and refused without.
         context_dim: features of the context; required with use_spatial_transformer, and refused without. A list is
             taken when all its entries are the same.
         use_linear_in_transformer: proj_in and proj_out are stored as linear layers, not as 1x1 convolutions.
@@ -68,8 +71,7 @@ class Architecture:
         dropout: probability, in residual blocks.
         use_checkpoint: recompute activations in backward instead of keeping them.
         use_flash_attention: attention through `cnkernels.attention`; else softmax of a materialised score matrix.
-        dims, num_classes, n_embed, adm_in_channels, resblock_gn_groups, transformer_depth_middle, lora_network_alpha,
-            use_te_fp8: taken at their defaults alone.
+        dims, n_embed, resblock_gn_groups, lora_network_alpha, use_te_fp8: taken at their defaults alone.
         from_pretrained, from_NeMo: no effect here; whoever builds the model loads the weights.
         image_size, use_fp16, unet_precision, use_te_dpa, timesteps, offload_to_cpu: no effect. The model works at any
             size, and its precision is that of its weights (`model.to(dtype)`, or autocast).
@@ -89,7 +91,8 @@ class Architecture:
     num_heads_upsample: int = -1
     legacy: bool = True
     use_spatial_transformer: bool = False
-    transformer_depth: int = 1
+    transformer_depth: int | Sequence[int] = 1
+    transformer_depth_middle: int | None = None
     context_dim: int | Sequence[int] | None = None
     use_linear_in_transformer: bool = False
     disable_self_attentions: Sequence[bool] | None = None
@@ -103,11 +106,10 @@ class Architecture:
     use_checkpoint: bool = False
     use_flash_attention: bool = True
     dims: int = 2
-    num_classes: Any = None
+    num_classes: str | None = None
     n_embed: Any = None
-    adm_in_channels: Any = None
+    adm_in_channels: int | None = None
     resblock_gn_groups: Any = None
-    transformer_depth_middle: Any = None
     lora_network_alpha: Any = None
     use_te_fp8: bool = False
     from_pretrained: Any = None
@@ -125,14 +127,15 @@ class Architecture:
         for field in fields(self):
             if field.type is bool:
                 _require(isinstance(getattr(self, field.name), bool), field.name, getattr(self, field.name), "a bool")
-        for name in ("in_channels", "transformer_depth"):
-            _require(_is_count(getattr(self, name)), name, getattr(self, name), "a positive integer")
+        _require(_is_count(self.in_channels), "in_channels", self.in_channels, "a positive integer")
         width = self.model_channels
         _require(_is_count(width) and width % GROUPS == 0, "model_channels", width, f"a multiple of {GROUPS}")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "a probability in [0, 1)")
         self._validate_levels()
+        self._validate_depth()
         self._validate_heads()
         self._validate_context()
+        self._validate_classes()
 
     def _validate_levels(self) -> None:
         mult = self.channel_mult
@@ -154,6 +157,30 @@ class Architecture:
         valid = _is_list(given) and all(factor in factors for factor in given)
         _require(valid, "attention_resolutions", given, f"a list of downsampling factors out of {factors}")
         self._set("attention_resolutions", given)
+
+    def _validate_depth(self) -> None:
+        if _is_count(self.transformer_depth):
+            self._set("transformer_depth", [self.transformer_depth] * self.levels)
+        expected = "a positive integer, or an integer for each of"
+        self._set_per_level("transformer_depth", lambda depth: depth == 0 or _is_count(depth), expected)
+        depths = self.transformer_depth
+        attends = [2**level in self.attention_resolutions for level in range(self.levels)]
+        expected = f"at least 1 at the levels with attention, {[level for level, has in enumerate(attends) if has]}"
+        fits = all(depth > 0 or not has for depth, has in zip(depths, attends, strict=True))
+        _require(fits, "transformer_depth", depths, expected)
+        self._set("transformer_depth", [depth if has else 0 for depth, has in zip(depths, attends, strict=True)])
+        middle = self.transformer_depth_middle
+        middle = depths[-1] if middle is None else middle
+        expected = "a positive integer: the middle block always has attention"
+        _require(_is_count(middle), "transformer_depth_middle", middle, expected)
+        object.__setattr__(self, "transformer_depth_middle", middle)
+
+    def _validate_classes(self) -> None:
+        channels = self.adm_in_channels
+        if self.num_classes is None:
+            _require(channels is None, "adm_in_channels", channels, "None, as num_classes is not set")
+        else:
+            _require(_is_count(channels), "adm_in_channels", channels, "a positive integer, as num_classes is set")
 
     def _validate_heads(self) -> None:
         for name in ("num_heads", "num_head_channels", "num_heads_upsample"):
@@ -209,6 +236,10 @@ class Architecture:
             return channels // self.num_head_channels
         separate = decoder and self.legacy and not self.use_spatial_transformer and self.num_heads_upsample != -1
         return self.num_heads_upsample if separate else self.num_heads
+
+    def depth(self, level: int | None) -> int:
+        """Transformer blocks in the spatial transformers of a level (None: of the middle block)."""
+        return self.transformer_depth_middle if level is None else self.transformer_depth[level]
 
     def reads_context_only(self, level: int | None) -> bool:
         """Whether the transformers of a level (None: of the middle block) have no self-attention."""

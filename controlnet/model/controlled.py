@@ -55,6 +55,7 @@ class ControlledUNet(nn.Module):
         *,
         guided_hint: Tensor | None = None,
         scales: float | Tensor | Sequence[float | Tensor] = 1.0,
+        y: Tensor | None = None,
     ) -> Tensor:
         """The prediction [N, C, h, w] at x.
 
@@ -66,10 +67,11 @@ class ControlledUNet(nn.Module):
             guided_hint: `control.encode_hint(hint)`, computed once for many calls.
             scales: strength of the control, one for all outputs or one each: a number, a tensor 0-d or [N], or a mask
                 [N, 1, h, w]. The number 0 skips the ControlNet altogether.
+            y: [N, adm_in_channels], the vector of models with `num_classes` (Stable Diffusion XL).
         """
         context, control_context = context if isinstance(context, tuple) else (context, context)
         with torch.no_grad():
-            embedding = self.unet.embed(timesteps)
+            embedding = self.unet.embed(timesteps, y)
             h, skips = self.unet.encode(x, timesteps, context, embedding=embedding)
         uncontrolled = hint is None and guided_hint is None
         if uncontrolled or (isinstance(scales, (int, float)) and scales == 0):
@@ -78,6 +80,6 @@ class ControlledUNet(nn.Module):
             middle = scales[-1] if isinstance(scales, (list, tuple)) else scales
             scales = [0] * len(skips) + [middle]
         controlled = self.control(
-            x, hint, timesteps, control_context, residuals=[*skips, h], scales=scales, guided_hint=guided_hint
+            x, hint, timesteps, control_context, y=y, residuals=[*skips, h], scales=scales, guided_hint=guided_hint
         )
         return self.unet.decode(controlled[-1], controlled[:-1], None, timesteps, context, embedding=embedding)

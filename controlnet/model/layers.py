@@ -65,7 +65,7 @@ def checkpointed(function: Callable[..., Tensor], *args: Any, enabled: bool, dro
 
 
 class TimestepEmbedding(nn.Sequential):
-    """SiLU(MLP([cos(t f), sin(t f)])) with frequencies f_i = 10000^(-i / half), half = channels / 2.
+    """SiLU(MLP([cos(t f), sin(t f)]) + added) with frequencies f_i = 10000^(-i / half), half = channels / 2.
 
     The sinusoids are computed in float32 whatever the dtype of the weights: bfloat16 cannot tell t = 999 from 1000. The
     last SiLU stands at the head of every residual block in the original; it is applied here, once for all of them.
@@ -94,11 +94,36 @@ class TimestepEmbedding(nn.Sequential):
         self._place_frequencies()
         return self
 
-    def forward(self, timesteps: Tensor) -> Tensor:
-        """[N] -> [N, embedding_channels] in the dtype of the weights."""
+    def forward(self, timesteps: Tensor, added: Tensor | None = None) -> Tensor:
+        """timesteps [N], added [N, embedding_channels] -> [N, embedding_channels] in the dtype of the weights."""
         angles = timesteps.float()[:, None] * self.frequencies  # [N, half]
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)
-        return F.silu(super().forward(sinusoids.to(self[0].weight.dtype)))
+        embedding = super().forward(sinusoids.to(self[0].weight.dtype))
+        return F.silu(embedding if added is None else embedding + added)
+
+
+def sinusoids(values: Tensor, channels: int) -> Tensor:
+    """[cos(v f), sin(v f)] of each value, with the frequencies of `TimestepEmbedding`, float32.
+
+    Stable Diffusion XL's vector y is the pooled prompt and, with 256 channels, the sinusoids of the original size, the
+    crop's corner and the target size, each (height, width) or (top, left).
+
+    Args:
+        values: [N, K], integer or float.
+        channels: even; of the sinusoids of one value.
+
+    Returns:
+        [N, K * channels].
+    """
+    index = torch.arange(channels // 2, dtype=torch.float32, device=values.device)
+    angles = values.float()[..., None] * torch.exp(-math.log(10000) * index / (channels // 2))  # [N, K, channels / 2]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).flatten(1)
+
+
+def vector_embedding(channels: int, embedding_channels: int) -> nn.Sequential:
+    """The MLP that embeds a vector beside the timestep: the original's `label_emb`, which is nested."""
+    layers = nn.Linear(channels, embedding_channels), nn.SiLU(), nn.Linear(embedding_channels, embedding_channels)
+    return nn.Sequential(nn.Sequential(*layers))
 
 
 class Downsample(nn.Module):

@@ -9,7 +9,17 @@ from torch import Tensor, nn
 
 from cnkernels.nn import GroupNormSiLU
 from controlnet.model.architecture import GROUPS, Architecture, UNetArchitecture
-from controlnet.model.layers import Downsample, Prepared, ResBlock, Size, TimestepEmbedding, Upsample, conv3x3, zeroed
+from controlnet.model.layers import (
+    Downsample,
+    Prepared,
+    ResBlock,
+    Size,
+    TimestepEmbedding,
+    Upsample,
+    conv3x3,
+    vector_embedding,
+    zeroed,
+)
 from controlnet.model.transformer import AttentionBlock, CrossAttention, SpatialTransformer
 
 Embedding = Tensor | Prepared  # [N, 4 * model_channels], or of `Trunk.prepare_timesteps`
@@ -63,7 +73,7 @@ def attention(arch: Architecture, level: int | None, *, decoder: bool = False) -
     return SpatialTransformer(
         channels,
         heads,
-        arch.transformer_depth,
+        arch.depth(level),
         arch.context_dim,
         use_linear=arch.use_linear_in_transformer,
         disable_self_attn=arch.reads_context_only(level),
@@ -91,6 +101,7 @@ class Trunk(nn.Module):
         self.arch = arch
         channels = arch.model_channels
         self.time_embed = TimestepEmbedding(channels, arch.embedding_channels)
+        self.label_emb = vector_embedding(arch.adm_in_channels, arch.embedding_channels) if arch.num_classes else None
         self.input_blocks = nn.ModuleList([TimestepSequential(conv3x3(arch.in_channels, channels))])
         self.skip_channels = [channels]  # of the output of each input block
         for level in range(arch.levels):
@@ -115,16 +126,25 @@ class Trunk(nn.Module):
         """The dtype of the weights, to which inputs are cast."""
         return self.input_blocks[0][0].weight.dtype
 
-    def embed(self, timesteps: Tensor) -> Tensor:
-        """The timestep embedding [N, 4 * model_channels] of timesteps [N], integer or float."""
-        return self.time_embed(timesteps)
+    def embed(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """The embedding [N, 4 * model_channels] of timesteps [N], integer or float, and of y [N, adm_in_channels].
 
-    def prepare_timesteps(self, timesteps: Tensor) -> Prepared:
-        """What every residual block makes of timesteps [N]: the `embedding` of any number of calls.
+        Raises:
+            ValueError: y of another shape, missing where the model has `num_classes`, or given where it has not.
+        """
+        if self.label_emb is None:
+            if y is not None:
+                raise ValueError(f"y has shape {list(y.shape)}; expected None, as the model has no num_classes")
+            return self.time_embed(timesteps)
+        check_shape("y", y, timesteps.shape[0], self.arch.adm_in_channels)
+        return self.time_embed(timesteps, self.label_emb(y.to(self.dtype)))
+
+    def prepare_timesteps(self, timesteps: Tensor, y: Tensor | None = None) -> Prepared:
+        """What every residual block makes of timesteps [N] and y: the `embedding` of any number of calls.
 
         A whole schedule is prepared at once, and each step takes its `rows`. To be prepared again when weights change.
         """
-        embedding = self.embed(timesteps)
+        embedding = self.embed(timesteps, y)
         return Prepared({m: m.emb_layers(embedding) for m in self.modules() if isinstance(m, ResBlock)})
 
     def prepare_context(self, context: Tensor) -> Prepared:
@@ -200,7 +220,13 @@ class UNet(Trunk):
         )
 
     def encode(
-        self, x: Tensor, timesteps: Tensor, context: Context = None, *, embedding: Embedding | None = None
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Context = None,
+        *,
+        y: Tensor | None = None,
+        embedding: Embedding | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """The encoder and the middle block.
 
@@ -208,13 +234,14 @@ class UNet(Trunk):
             x: [N, in_channels, H, W], cast to the dtype of the weights.
             timesteps: [N], integer or float, in the units of training (0 to 999 for Stable Diffusion).
             context: [N, T, context_dim], or `prepare_context` of it; not read without `use_spatial_transformer`.
-            embedding: `embed` or `prepare_timesteps` of the timesteps, if it has been computed before.
+            y: [N, adm_in_channels], of a model with `num_classes`; not read if embedding is given.
+            embedding: `embed` or `prepare_timesteps` of timesteps and y, if it has been computed before.
 
         Returns:
             h, the middle block's output, and the skips, the output of each input block: 12 for Stable Diffusion.
         """
         self._check_inputs(x, timesteps, context)
-        embedding = self.embed(timesteps) if embedding is None else embedding
+        embedding = self.embed(timesteps, y) if embedding is None else embedding
         *skips, h = self._trunk(x, embedding, self._cast(context))
         return h, skips
 
@@ -227,6 +254,7 @@ class UNet(Trunk):
         context: Context = None,
         *,
         only_mid_control: bool = False,
+        y: Tensor | None = None,
         embedding: Embedding | None = None,
     ) -> Tensor:
         """The decoder, on skips[i] + control[i] and h + control[-1].
@@ -234,7 +262,7 @@ class UNet(Trunk):
         Args:
             h, skips: of `encode`.
             control: of `ControlNet.forward`, one tensor for each skip, then one for h; None: no control. Not changed.
-            timesteps, context, embedding: as in `encode`.
+            timesteps, context, y, embedding: as in `encode`.
             only_mid_control: add the last of `control` alone.
 
         Returns:
@@ -242,7 +270,7 @@ class UNet(Trunk):
         """
         if control is not None and len(control) != len(skips) + 1:
             raise ValueError(f"control has {len(control)} tensors; expected {len(skips) + 1}")
-        embedding = self.embed(timesteps) if embedding is None else embedding
+        embedding = self.embed(timesteps, y) if embedding is None else embedding
         context = self._cast(context)
         if control is not None:
             h = h + control[-1]
@@ -261,9 +289,10 @@ class UNet(Trunk):
         control: Sequence[Tensor] | None = None,
         only_mid_control: bool = False,
         embedding: Embedding | None = None,
+        y: Tensor | None = None,
     ) -> Tensor:
         """encode, then decode; the arguments are theirs."""
-        embedding = self.embed(timesteps) if embedding is None else embedding
+        embedding = self.embed(timesteps, y) if embedding is None else embedding
         h, skips = self.encode(x, timesteps, context, embedding=embedding)
         return self.decode(
             h, skips, control, timesteps, context, only_mid_control=only_mid_control, embedding=embedding

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The proof on a GPU, in one command and under nine minutes: builds the extension, runs every test that needs a GPU,
-# compute-sanitizer on the CUDA tests, and the quick benchmarks; logs, JSON and summary.txt go into one folder.
+# The proof on a GPU, in one command and under nine minutes: builds the extension, checks every kernel, runs every test
+# that needs a GPU, compute-sanitizer on the CUDA tests, tunes, and runs the quick benchmarks; logs, JSON, the table for
+# cnkernels/tuning and summary.txt go into one folder.
 #
 #   bash benchmarks/gpu_proof.sh FOLDER
 #
@@ -9,13 +10,14 @@
 # 0 if no step failed. Without a GPU everything else is rehearsed: the build for one architecture, the tests of what a
 # CPU runs, the selection of the sanitizer's tests, and the benchmarks at small sizes.
 #
-# Limits in seconds, each from the environment: TOTAL_SECONDS of all, and BUILD_SECONDS, TESTS_SECONDS, GATE_SECONDS,
-# SANITIZER_SECONDS and BENCH_SECONDS of one step.
+# Limits in seconds, each from the environment: TOTAL_SECONDS of all, and BUILD_SECONDS, CHECK_SECONDS, TESTS_SECONDS,
+# GATE_SECONDS, TUNE_SECONDS, SANITIZER_SECONDS and BENCH_SECONDS of one step.
 set -uo pipefail
 out=${1:?usage: bash benchmarks/gpu_proof.sh FOLDER}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export CNKERNELS_CACHE=$out/cache # what check and tune find, and nothing from before
 python=${PYTHON:-python3}
 summary=$out/summary.txt
 failed=0
@@ -53,7 +55,7 @@ step() { # step NAME SECONDS COMMAND...: runs it within the limit, keeps its out
 if "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>"$out/gpu.log"; then
     gpu=1
     : "${TOTAL_SECONDS:=530}" "${BUILD_SECONDS:=150}" "${TESTS_SECONDS:=150}" "${GATE_SECONDS:=90}"
-    : "${SANITIZER_SECONDS:=90}" "${BENCH_SECONDS:=215}"
+    : "${CHECK_SECONDS:=90}" "${TUNE_SECONDS:=45}" "${SANITIZER_SECONDS:=90}" "${BENCH_SECONDS:=215}"
     # Those that compile or emulate without a GPU run on any machine, and take minutes.
     tests=(tests/cnkernels tests/benchmarks)
     for file in test_aot test_cuda_resources test_host_execution test_mutations; do
@@ -63,7 +65,7 @@ else
     gpu=0
     tell gpu skipped 0 "no GPU: torch.cuda.is_available() is False; everything else is rehearsed"
     : "${TOTAL_SECONDS:=1500}" "${BUILD_SECONDS:=700}" "${TESTS_SECONDS:=300}" "${GATE_SECONDS:=200}"
-    : "${SANITIZER_SECONDS:=60}" "${BENCH_SECONDS:=300}"
+    : "${CHECK_SECONDS:=200}" "${TUNE_SECONDS:=200}" "${SANITIZER_SECONDS:=60}" "${BENCH_SECONDS:=300}"
     export CNKERNELS_ARCHS=${CNKERNELS_ARCHS:-90a} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     tests=(tests/benchmarks tests/cnkernels/test_dispatch.py)
     for op in attention group_norm_silu zero_conv_add geglu; do
@@ -87,6 +89,8 @@ else
     step build "$BUILD_SECONDS" "$python" setup.py build_ext --inplace
 fi
 
+step check "$CHECK_SECONDS" "$python" -m cnkernels.check --report "$out/check.json"
+
 if has pytest; then
     left=$((TOTAL_SECONDS - SECONDS))
     [ $left -ge "$TESTS_SECONDS" ] || TESTS_SECONDS=$left
@@ -103,6 +107,10 @@ fi
 report=()
 [ ! -s "$out/tests.xml" ] || report=(--report "$out/tests.xml") # else the gate runs the tests of the ops itself
 step gate "$GATE_SECONDS" "$python" -m benchmarks.gate "${report[@]}" --output "$out/gate.json"
+
+tune=(--shapes sd15 --batch 1 --rounds 1) # a rehearsal
+[ $gpu = 0 ] || tune=(--shapes sd15,sdxl --training --ship "$out")
+step tune "$TUNE_SECONDS" "$python" -m cnkernels.tune "${tune[@]}"
 
 left=$((TOTAL_SECONDS - SECONDS - 10)) # the report comes after
 [ $left -ge "$BENCH_SECONDS" ] || BENCH_SECONDS=$((left > 1 ? left : 1))

@@ -36,7 +36,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--training", action="store_true", help="backward passes, too")
     parser.add_argument("--again", action="store_true", help="also what was measured before")
     parser.add_argument("--rounds", type=int, default=timing.ROUNDS, help="turns of each backend")
-    parser.add_argument("--ship", action="store_true", help="write the table that the package ships for this GPU")
+    parser.add_argument(
+        "--ship", type=Path, nargs="?", const=tuning.FOLDER, metavar="FOLDER",
+        help="write what was measured as a table to be shipped for this GPU (default folder: the package's own)",
+    )  # fmt: skip
     return parser
 
 
@@ -64,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{where}: {entry['backend']} {best * 1e6:.1f} us{f' (times it: {others})' if others else ''}")
     print(f"kept in {cache.path(machine.identity(device))}")
     if options.ship:
-        print(f"shipped as {ship(device)}")
+        print(f"table in {ship(device, options.ship)}")
     return 0
 
 
@@ -98,11 +101,11 @@ def _progress(done: int, count: int, call: Call) -> None:
         print(f"\r\033[K{done + 1}/{count} {call}", end="\n" if done + 1 == count else "", file=sys.stderr, flush=True)
 
 
-def ship(device: torch.device) -> Path:
-    """Writes the choices of the user's cache as the table that the package ships for this GPU; returns the file."""
+def ship(device: torch.device, folder: Path) -> Path:
+    """Writes the choices of the user's cache as a table that the package may ship for this GPU; returns the file."""
     identity = machine.identity(device)
     table = {"identity": identity, "choices": cache.read(identity)["choices"]}
-    file = tuning.FOLDER / tuning.file_name(identity["device"])
+    file = folder / tuning.file_name(identity["device"])
     file.write_text(json.dumps(table, indent=1) + "\n")
     return file
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_proof.sh"
-STEPS = ["env", "build", "tests", "gate", "bench", "report", "memcheck", "racecheck", "initcheck"]
+STEPS = ["env", "build", "check", "tests", "gate", "tune", "bench", "report", "memcheck", "racecheck", "initcheck"]
 
 pytestmark = pytest.mark.skipif(
     shutil.which("bash") is None or shutil.which("timeout") is None, reason="needs bash and coreutils"

@@ -158,6 +158,9 @@ def test_the_command_measures_a_script_and_says_what_it_chose(own_cache, tmp_pat
     assert "geglu float32 forward, 16 elements: aten" in capsys.readouterr().out
     assert command.main(["--record", str(script), "--rounds", "1"]) == 0
     assert "1 of them measured before" in capsys.readouterr().out
+    assert command.main(["--record", str(script), "--ship", str(tmp_path)]) == 0
+    shipped = json.loads((tmp_path / tuning.file_name(machine.processor())).read_text())
+    assert [entry["backend"] for entry in shipped["choices"]["geglu"]] == ["aten"]
 
 
 @pytest.mark.parametrize(

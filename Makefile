@@ -8,7 +8,7 @@ quickstart: .venv/installed
 	$(BIN)/python -m controlnet.quickstart
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10 tests
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -2,9 +2,12 @@
 
 python -m benchmarks.gate [--op OP] [--output FILE]                   # runs the tests of the ops' backends
 python -m benchmarks.gate --report JUNIT.xml [--op OP] [--output FILE]  # reads what `pytest --junitxml` left
+
+FILE says of what it is the gate: commit, sources, extension, machine. `benchmarks.run --gate FILE` refuses any other's.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import math
@@ -16,11 +19,14 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from benchmarks import ops
+import torch
+
+from benchmarks import machine, ops
 from benchmarks.machine import ROOT
 from cnkernels import dispatch
 
 TESTS = Path("tests", "cnkernels")
+SOURCES = ("cnkernels", "csrc", "tests/cnkernels", "tests/conftest.py")
 NONE = {"passed": 0, "failed": 0, "skipped": 0, "failures": []}  # what is known of a backend that nobody tested
 
 
@@ -68,6 +74,57 @@ def statuses(of: list[str], report: Path | None = None, end: float = math.inf) -
         return {op: {name: counts(report, op, name) for name in backends[op]} for op in of}
 
 
+def sources() -> list[Path]:
+    """The files that the tests test or are, the extension among them."""
+    found = [file for name in SOURCES for file in [ROOT / name, *(ROOT / name).rglob("*")]]
+    return sorted(file for file in found if file.suffix in (".py", ".cu", ".cuh", ".h", ".cpp", ".so"))
+
+
+def identity() -> dict[str, str | None]:
+    """What test results hold for; any difference makes them results of something else."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    described = machine.describe(device)
+    digests = {False: hashlib.sha256(), True: hashlib.sha256()}
+    extensions = [file for file in sources() if file.suffix == ".so"]
+    for file in sources():
+        digests[file.suffix == ".so"].update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    return {
+        **{key: described[key] for key in ("commit", "device", "processor", "driver", "torch", "triton")},
+        "sources": digests[False].hexdigest(),
+        "extension": digests[True].hexdigest() if extensions else None,
+    }
+
+
+def write(path: Path, of: dict[str, dict[str, dict]]) -> None:
+    """Keeps the statuses of ops, with what they hold for."""
+    path.write_text(json.dumps({"of": identity(), "tests": of}, indent=1) + "\n")
+
+
+def read(path: Path) -> dict[str, dict[str, dict]]:
+    """The statuses that `write` kept.
+
+    Raises:
+        ValueError: they hold for another commit, machine, extension or state of the sources, or the file is no gate.
+    """
+    again = "run `python -m benchmarks.gate --output FILE` again"
+    kept = json.loads(path.read_text())
+    if not isinstance(kept, dict) or kept.keys() != {"of", "tests"}:
+        raise ValueError(f'{path}: is not a gate\'s file, which has "of" and "tests": {again}')
+    for key, here in identity().items():
+        if kept["of"].get(key) != here:
+            raise ValueError(
+                f"{path}: is the gate of another {key}, {kept['of'].get(key)}, and here it is {here}: {again}"
+            )
+    return kept["tests"]
+
+
+def expect_current(report: Path) -> None:
+    """Raises ValueError if a file that was tested, or is a test, has changed since the report was written."""
+    for file in sources():
+        if file.stat().st_mtime > report.stat().st_mtime:
+            raise ValueError(f"{report}: was written before {file.relative_to(ROOT)} was: run the tests again")
+
+
 def refused(of_op: dict[str, dict]) -> dict[str, str]:
     """The backends that get no row, with the reason, from the statuses of one op."""
     reasons = {}
@@ -86,11 +143,12 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="JUnit XML of a run of the tests; default: run them")
     parser.add_argument("--output", type=Path, help="JSON file, for benchmarks.run --gate")
     arguments = parser.parse_args()
+    if arguments.report:
+        expect_current(arguments.report)
     found = statuses(arguments.op or list(dispatch.OPS), arguments.report)
-    text = json.dumps(found, indent=1)
-    print(text)
+    print(json.dumps(found, indent=1))
     if arguments.output:
-        arguments.output.write_text(text + "\n")
+        write(arguments.output, found)
     for op, of_op in found.items():
         for backend, reason in refused(of_op).items():
             print(f"{op}, {backend}: {reason}", file=sys.stderr)

@@ -148,10 +148,8 @@ def run(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     begin, budget = time.monotonic(), budget_of(options)
     names = options.op or ([] if options.job else list(dispatch.OPS))
-    if options.gate:
-        statuses = json.loads(options.gate.read_text())
-    else:
-        statuses = gate.statuses(names, end=time.time() + budget.left() / 2)
+    half = time.time() + budget.left() / 2
+    statuses = gate.read(options.gate) if options.gate else gate.statuses(names, end=half)
     dtypes = [DTYPES[name] for name in options.dtype or ("float16", "bfloat16")]
     dtypes = dtypes if device.type == "cuda" else [torch.float32]
     before = machine.ceilings(device, dtypes)

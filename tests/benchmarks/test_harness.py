@@ -1,5 +1,7 @@
 """The harness on things whose answer is known: a sleep, a copy, a run against itself, a provider that is wrong."""
 
+import json
+import os
 import threading
 import time
 from dataclasses import replace
@@ -115,6 +117,35 @@ def test_the_gate_reads_a_report_of_all_tests(tmp_path):
     assert gate.counts(path, "geglu", "aten") == {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
 
 
+@pytest.mark.parametrize("key", ["commit", "device", "sources", "extension", "torch"])
+def test_a_gate_of_something_else_is_refused(key, tmp_path, no_gpu):
+    path = tmp_path / "gate.json"
+    gate.write(path, {"geglu": {}})
+    assert gate.read(path) == {"geglu": {}}
+    kept = json.loads(path.read_text())
+    kept["of"][key] = "another"
+    path.write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match=f"the gate of another {key}, another, and here it is"):
+        run.main(["--op", "geglu", "--gate", str(path), "--output", str(tmp_path / "out.json")])
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_file_that_is_no_gate_is_refused(tmp_path):
+    path = tmp_path / "gate.json"
+    path.write_text('{"geglu": {}}')
+    with pytest.raises(ValueError, match="is not a gate's file"):
+        gate.read(path)
+
+
+def test_a_report_of_older_sources_is_refused(tmp_path):
+    path = tmp_path / "tests.xml"
+    path.write_text(REPORT)
+    gate.expect_current(path)
+    os.utime(path, (0, 0))
+    with pytest.raises(ValueError, match="was written before .* was: run the tests again"):
+        gate.expect_current(path)
+
+
 def test_a_provider_over_its_budget_is_a_row_that_says_so():
     def stubborn(x):
         """Catches every Exception, as an autotuner does that tries candidate after candidate."""
@@ -166,7 +197,7 @@ def test_without_a_limit_any_thread_may_measure():
 
 def test_a_run_that_is_out_of_budget_has_every_row_all_the_same(tmp_path, no_gpu):
     path = tmp_path / "gate.json"
-    path.write_text('{"geglu": {}, "attention": {}}')
+    gate.write(path, {"geglu": {}, "attention": {}})
     few = ["--op", "geglu", "--op", "attention", "--gate", str(path), "--output", str(tmp_path / "out.json")]
     run.main([*few, "--budget", "0.001"])
     rows = report.load(tmp_path / "out.json")["rows"]
@@ -186,7 +217,7 @@ def test_what_is_compiled_comes_last_and_the_first_shapes_first(no_gpu):
 
 def test_a_backend_that_the_gate_knows_nothing_of_gets_no_row(tmp_path, no_gpu):
     path = tmp_path / "gate.json"
-    path.write_text("{}")
+    gate.write(path, {})
     run.main(
         [
             "--op",

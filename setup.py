@@ -31,10 +31,19 @@ class BuildCuda(build_ext):
 def _extensions() -> list[Extension]:
     if os.environ.get("CNKERNELS_BUILD") == "0":
         return []
-    if _csrc_build().nvcc():
+    in_place = "build_ext" in sys.argv
+    if os.name == "nt":  # csrc/build.py drives nvcc with a compiler of Unix
+        if in_place:
+            sys.exit("build_ext: the CUDA kernels are not built on Windows; use WSL")
+        return []
+    csrc = _csrc_build()
+    advice = csrc.advice()
+    if advice and not {"egg_info", "dist_info", "--name", "--version", "sdist"} & set(sys.argv):
+        print(f"cnkernels: {advice}", file=sys.stderr)
+    if csrc.nvcc():
         return [Extension("cnkernels._C", sources=[])]
-    if "build_ext" in sys.argv:
-        sys.exit("build_ext: nvcc was not found on PATH or in CUDA_HOME")
+    if in_place:
+        sys.exit("build_ext: nvcc was not found in CUDA_HOME, in CUDA_PATH, on PATH, or in /usr/local/cuda")
     return []
 
 

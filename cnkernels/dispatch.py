@@ -123,6 +123,17 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, hea
     return _triton_absent(device) if backend == "triton" else _cuda_absent(device)
 
 
+# Their products of float32 run on FFMA; PyTorch has 3xTF32 on the matrix units for one and SGEMM for the other.
+_FLOAT32_BY_PYTORCH = ("attention", "zero_conv_add")
+
+
+def _order(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """The backends that "auto" tries where nothing was measured."""
+    if device.type == "cpu":
+        return ON_CPU
+    return ("aten", *BACKENDS) if dtype == torch.float32 and op in _FLOAT32_BY_PYTORCH else BACKENDS
+
+
 def select(
     op: str,
     device: torch.device,
@@ -135,7 +146,7 @@ def select(
 
     Forced: that one, or a ValueError that says why it cannot. "auto": the one that was measured to be fastest for calls
     like it (`cnkernels.findings`), else on a CPU the first of `ON_CPU` that can, elsewhere the first of `BACKENDS`;
-    but none that a check found wrong, as long as another can.
+    attention and zero_conv_add of float32 try PyTorch first. None that a check found wrong, as long as another can.
 
     Args:
         size: `size_of` the call, where it is known.
@@ -147,7 +158,7 @@ def select(
         if reason:
             raise ValueError(f"{op}: backend {forced!r} is forced, but {reason}")
         return forced
-    order = ON_CPU if device.type == "cpu" else BACKENDS
+    order = _order(op, device, dtype)
     entry = None if size is None else findings.measured(op, device, dtype, size, head_dim, direction)
     order = order if entry is None else (entry["backend"], *order)
     serving = [name for name in order if why_not(op, name, device, dtype, head_dim) is None]

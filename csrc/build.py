@@ -3,10 +3,10 @@
 Used by setup.py and by the tests. Needs ninja and pybind11, never torch.
 """
 
-import fcntl
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,9 +23,22 @@ _NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cu
 
 
 def nvcc() -> str | None:
-    """The path of nvcc, from CUDA_HOME or PATH; None where there is none."""
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    """The path of nvcc: of CUDA_HOME, of CUDA_PATH, on PATH, or in /usr/local/cuda; None where there is none."""
+    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    folders = [os.path.join(root, "bin") for root in roots if root] + [None, "/usr/local/cuda/bin"]
+    return next(filter(None, (shutil.which("nvcc", path=folder) for folder in folders)), None)
+
+
+def advice() -> str | None:
+    """What is odd about where nvcc was found or not found, for whoever installs; None where nothing is."""
+    found, lines = nvcc(), []
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        root = os.environ.get(name)
+        if root and not shutil.which("nvcc", path=os.path.join(root, "bin")):
+            lines.append(f"{name}={root} has no bin/nvcc; {f'{found} is used' if found else 'no other was found'}")
+    if not found:
+        lines.append("without nvcc cnkernels is installed without its CUDA kernels: Triton's and PyTorch's serve")
+    return "\n".join(lines) or None
 
 
 def architectures(requested: str | None) -> list[str]:
@@ -59,14 +72,20 @@ def build_extension(module: Path, work: Path, archs: list[str]) -> None:
     """Compiles cnkernels._C to `module` with nvcc, incrementally in `work`."""
     quoted = ";".join(archs)
     flags = [*_NVCC_FLAGS, *architecture_flags(archs), *_include_flags()]
-    bindings = [*_HOST_FLAGS, *_include_flags(), "-DCNK_MODULE=_C", f'-DCNK_ARCHITECTURES=\\"{quoted}\\"']
+    bindings = [*_HOST_FLAGS, *_include_flags(), "-DCNK_MODULE=_C", f'-DCNK_ARCHITECTURES="{quoted}"']
     objects = [(source, "cuda") for source in KERNELS] + [(CSRC / "bindings.cpp", "cpp")]
     rules = {
-        "cuda": f"{nvcc()} {_words(flags)} -MD -MF $out.d -c $in -o $out",
+        "cuda": f"{shlex.quote(nvcc())} {_words(flags)} -MD -MF $out.d -c $in -o $out",
         "cpp": f"c++ {_words(bindings)} -MD -MF $out.d -c $in -o $out",
-        "link": f"{nvcc()} -cudart static -shared $in -o $out",
+        "link": f"{shlex.quote(nvcc())} -cudart static -shared $in -o $out",
     }
-    _ninja(module, work, objects, rules)
+    try:
+        _ninja(module, work, objects, rules)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{error}\n\nThe CUDA kernels did not compile (nvcc is {nvcc()}, for {quoted}). CNKERNELS_BUILD=0 installs "
+            "without them, on Triton's kernels and PyTorch's; CNKERNELS_ARCHS, such as 80;90a, chooses the GPUs"
+        ) from None
 
 
 def build_host(folder: Path, sources: Iterable[Path] = (), name: str = "_C_host") -> Path:
@@ -75,6 +94,8 @@ def build_host(folder: Path, sources: Iterable[Path] = (), name: str = "_C_host"
     Args:
         sources: those of the module `name`; by default the whole of csrc.
     """
+    import fcntl  # not on Windows, where there is no such execution
+
     sources = list(sources) or [*KERNELS, CSRC / "bindings.cpp"]
     target = folder / _digest(sources) / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -94,11 +115,17 @@ def build_host(folder: Path, sources: Iterable[Path] = (), name: str = "_C_host"
 def _include_flags() -> list[str]:
     import pybind11
 
-    return [f"-isystem {path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
+    return [flag for path in (sysconfig.get_path("include"), pybind11.get_include()) for flag in ("-isystem", path)]
 
 
 def _words(flags: Iterable[str]) -> str:
-    return " ".join(f.replace(";", "\\;") for f in flags)
+    """Arguments for a command of ninja, each as the shell must have it."""
+    return shlex.join(flags).replace("$", "$$")
+
+
+def _path(path: Path | str) -> str:
+    """A path for a build line of ninja."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 def _digest(sources: Iterable[Path]) -> str:
@@ -120,8 +147,8 @@ def _ninja(module: Path, work: Path, objects: list[tuple[Path, str]], rules: dic
         lines += [f"rule {rule}", f"  command = {command}"]
         lines += [] if rule == "link" else ["  depfile = $out.d", "  deps = gcc"]
     outputs = [f"{source.stem}.o" for source, _ in objects]
-    lines += [f"build {out}: {rule} {source}" for out, (source, rule) in zip(outputs, objects, strict=True)]
-    lines.append(f"build {module}: link {' '.join(outputs)}")
+    lines += [f"build {out}: {rule} {_path(source)}" for out, (source, rule) in zip(outputs, objects, strict=True)]
+    lines.append(f"build {_path(module)}: link {' '.join(outputs)}")
     (work / "build.ninja").write_text("\n".join(lines) + "\n")
     jobs = os.environ.get("MAX_JOBS") or str(min(os.cpu_count() or 1, _memory_gib() // 2 or 1))
     command = [Path(ninja.BIN_DIR) / "ninja", "-C", work, "-j", jobs]
@@ -134,10 +161,12 @@ def first_error(output: str) -> str:
     """The first line in which a compiler reports an error, with what follows it; else the end of the output."""
     lines = output.splitlines()
     for index, line in enumerate(lines):
-        if re.search(r"\b(fatal )?error\b", line):
+        if re.search(r"\b(error|fatal)\b", line, re.IGNORECASE):
             return "\n".join(lines[index : index + 5])
     return "\n".join(lines[-5:])
 
 
 def _memory_gib() -> int:
+    if not hasattr(os, "sysconf"):
+        return 0
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30

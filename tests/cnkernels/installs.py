@@ -57,6 +57,9 @@ def environment(*, with_nvcc: bool) -> dict[str, str]:
         folders = variables["PATH"].split(os.pathsep)
         variables["PATH"] = os.pathsep.join(f for f in folders if not (Path(f) / "nvcc").exists())
         variables.pop("CUDA_HOME", None)
+        variables.pop("CUDA_PATH", None)
+        if Path("/usr/local/cuda/bin/nvcc").exists():  # found whatever the environment says
+            variables["CNKERNELS_BUILD"] = "0"
     return variables
 
 

@@ -84,3 +84,12 @@ def test_the_environment_report_names_every_op_and_why():
     assert "not aten" not in done.stdout  # it serves every dtype that the report asks for, on any device
     assert "torch" in done.stdout and "extension" in done.stdout and "CNKERNELS_BACKEND=" in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_float32_products_go_to_pytorch(ampere, op):
+    """Attention and zero_conv_add multiply float32 on FFMA, where PyTorch has matrix units and SGEMM."""
+    with cnkernels.backend("auto"):
+        chosen = dispatch.select(op, GPU, torch.float32, head_dim=40 if op == "attention" else None)
+        assert (chosen == "aten") == (op in ("attention", "zero_conv_add"))
+        assert dispatch.select(op, GPU, torch.float16, head_dim=40 if op == "attention" else None) != "aten"

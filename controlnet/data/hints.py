@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tokenize
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,9 @@ PICTURE_CHANNELS = (1, 3, 4)  # gray, RGB, RGBA; any other number comes from .np
 DARK = 16  # of 255: a hint whose largest value is less is hardly one
 
 _NPY_MAGIC = b"\x93NUMPY"
+# What NumPy's parser of the header raises.
 _NPY_HEADER_ERRORS = (ValueError, SyntaxError, TypeError, KeyError, EOFError, RecursionError, MemoryError)
+_NPY_HEADER_ERRORS += (tokenize.TokenError,)
 
 
 class HintReader(NamedTuple):

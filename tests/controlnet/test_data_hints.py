@@ -169,6 +169,11 @@ class TestArrays:
             (npy(np.zeros((4, 4, 3), np.uint8))[:-1], "not readable"),
             (npy(np.zeros((4, 4, 3), np.uint8)) + b"x", "not readable"),
             (b"\x93NUMPY", "not readable"),
+            (npy(np.zeros((4, 4, 3), np.uint8)).replace(b"(4, 4", b"\x00(4,4"), "not readable"),
+            (
+                npy(np.zeros((4, 4, 3), np.uint8)).replace(b"'fortran", b"(fortran").replace(b"(4", b"'4"),
+                "not readable",
+            ),
             (b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 65535, "not readable"),
         ],
     )

@@ -5,7 +5,7 @@ import pytest
 from tests.reliability.__main__ import FAILURES, subjects
 
 # Rounds in a test: minutes in a long run, seconds here.
-ROUNDS = {"manifests": 300}
+ROUNDS = {"manifests": 300, "pictures": 1500, "shards": 1500}
 
 
 @pytest.mark.slow

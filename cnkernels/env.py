@@ -1,5 +1,6 @@
 """The report `python -m cnkernels.env`: what is installed, what each op would use here, and why."""
 
+import argparse
 import collections
 import platform
 import statistics
@@ -88,5 +89,17 @@ def report() -> str:
     return "\n".join(lines + _choices())
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m cnkernels.env",
+        description="Reports what is installed, what each op would use on this machine and why. Paste it into a bug"
+        " report.",
+        epilog="example:\n  python -m cnkernels.env > environment.txt",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.parse_args()
     print(report())
+
+
+if __name__ == "__main__":
+    main()

@@ -49,7 +49,7 @@ def build_model(config: Mapping[str, Any], *, weights: bool = True) -> Controlle
     """
     unet = instantiate(_without_weights(config, "unet_config"))
     control = instantiate(_without_weights(config, "control_stage_config"))
-    _check_copy(unet.arch, control.arch)
+    check_copy(unet.arch, control.arch)
     if weights:
         _load_weights(unet, control, config)
     model = ControlledUNet(unet, control, sd_locked=config["sd_locked"], only_mid_control=config["only_mid_control"])
@@ -68,7 +68,7 @@ def build_conditioning(config: Mapping[str, Any], *, weights: bool = True) -> Co
     parts = checkpoints.parts(path) if path else ()
     for key, flag in (("first_stage_config", "load_vae"), ("cond_stage_config", "load_encoder")):
         part = key.removesuffix("_config")
-        node = dict(_node(config, key))
+        node = dict(require_part(config, key))
         if not weights:
             node.pop("from_pretrained", None)
         stage = stages[part] = instantiate(node)
@@ -134,14 +134,15 @@ def physical_memory() -> int:
     return min(total, int(limit)) if limit.isdigit() else total
 
 
-def _node(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def require_part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The node of a part; raises ConfigError where there is none."""
     if config[key] is None:
         raise ConfigError(f"model.{key} is not given; expected a mapping with a _target_")
     return config[key]
 
 
 def _without_weights(config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    node = _node(config, key)
+    node = require_part(config, key)
     ours = stages.WEIGHT_KEYS[canonical_target(node["_target_"])]
     return {name: value for name, value in node.items() if name not in ours}
 
@@ -170,7 +171,8 @@ def _load_weights(unet: UNet, control: ControlNet, config: Mapping[str, Any]) ->
         control.copy_from(unet)
 
 
-def _check_copy(unet: Architecture, control: Architecture) -> None:
+def check_copy(unet: Architecture, control: Architecture) -> None:
+    """Raises ConfigError unless the ControlNet can be a copy of this U-Net's encoder."""
     for field in fields(Architecture):
         ours, theirs = getattr(unet, field.name), getattr(control, field.name)
         if field.type is not Any and field.name not in _FREE and ours != theirs:

@@ -1,4 +1,4 @@
-"""Draws images with a trained ControlNet.
+"""Draws images with one or several trained ControlNets.
 
 python -m controlnet.generate --checkpoint runs/controlnet --hint hint.png --prompt "..." --output grid.png
 """
@@ -7,23 +7,25 @@ import argparse
 import dataclasses
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from controlnet import build, checkpoints, config
+from controlnet import command, config
 from controlnet.conditioning import Conditioning
-from controlnet.config import ConfigError
-from controlnet.data.hints import read_hint
-from controlnet.inference.images import fault, grid, to_uint8
+from controlnet.data.hints import HintReader, read_hint
+from controlnet.extras import quiet_libraries, require
+from controlnet.inference.images import fault, grid, picture, save_png, to_uint8
+from controlnet.inference.jobs import Job, jobs, nemo_options, read_prompts
+from controlnet.inference.loading import Origin, open_origin
 from controlnet.inference.sampling import control_scales, ddim, guided, sample_with_scheduler
 from controlnet.model.controlled import ControlledUNet
 from controlnet.model.diffusion import NoiseSchedule
-from controlnet.training import checkpoint
+
+__all__ = ["Request", "generate", "load", "main", "read_hint"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,16 +69,12 @@ def generate(
     """Images [N, 3, H, W] in [-1, 1], and the latents that they are decoded from.
 
     Arguments:
-        hint: [1, 3, H, W] in [0, 1], of the size of the images.
+        hint: [1, C, H, W] in [0, 1], of the size of the images; those of several ControlNets joined along C.
     Raises ValueError for a size that the first stage cannot take, or another number of scales than control outputs.
     """
     factor, n = conditioning.factor, request.images
     height, width = hint.shape[2:]
-    if height % factor or width % factor:
-        near = " x ".join(str(max(factor, round(side / factor) * factor)) for side in (width, height))
-        raise ValueError(
-            f"the hint is {width} x {height} pixels; expected multiples of {factor}, such as {near} (see --size)"
-        )
+    check_size(hint, factor)
     shape = (n, conditioning.latent_channels, height // factor, width // factor)
     seeds = [torch.Generator().manual_seed(request.seed + i) for i in range(n)]
     x_T = torch.cat([torch.randn(1, *shape[1:], generator=seed) for seed in seeds])
@@ -98,14 +96,23 @@ def generate(
     return conditioning.images(latents), latents
 
 
+def check_size(hint: Tensor, factor: int) -> None:
+    """Raises ValueError for a hint whose sides are no multiples of what the first stage shrinks images by."""
+    height, width = hint.shape[2:]
+    if height % factor or width % factor:
+        near = " x ".join(str(max(factor, round(side / factor) * factor)) for side in (width, height))
+        raise ValueError(
+            f"the hint is {width} x {height} pixels; expected multiples of {factor}, such as {near} (see --size)"
+        )
+
+
 def diffusers_scheduler(name: str, schedule: NoiseSchedule) -> Any:
     """The scheduler of diffusers with the betas, the prediction and the timesteps of Stable Diffusion's sampling."""
     if name not in SCHEDULERS:
         raise ValueError(f"scheduler is {name!r}; expected one of {', '.join(SCHEDULERS)}")
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ImportError(f"scheduler {name} is diffusers', which is not installed: pip install diffusers") from error
+    require("diffusers", extra="diffusers", wanted_by=f"it has the scheduler {name}")
+    import diffusers
+
     own = {"clip_sample": False, "set_alpha_to_one": False} if name == "DDIM" else {}
     return getattr(diffusers, SCHEDULERS[name])(
         num_train_timesteps=schedule.timesteps,
@@ -122,44 +129,18 @@ def load(
 ) -> tuple[ControlledUNet, Conditioning, NoiseSchedule]:
     """The trained model with its conditioning and noise schedule, on the CPU, in float32.
 
-    Arguments:
-        source: a run's folder (its newest complete checkpoint is taken), a checkpoint's folder, or a file of any
-            layout that `checkpoints` reads.
-        config_file: YAML; by default the one in the checkpoint's folder.
-        average: take the averaged weights where the checkpoint has them.
-    Raises CheckpointError, ConfigError, FileNotFoundError.
+    Arguments and errors: as `inference.loading.open_origin`.
     """
-    if not source.exists():
-        raise FileNotFoundError(f"nothing at {source}; expected a run's or a checkpoint's folder, or a file")
-    folder = _checkpoint_folder(source) if source.is_dir() else None
-    if config_file is None and folder is None:
-        raise ConfigError(f"{source} is a file, which holds no configuration; give one with --config")
-    cfg = config.load(config_file or folder / "config.yaml", overrides)
-    if folder is None and cfg.model.ckpt_path is None:
-        cfg.model.ckpt_path = str(source)  # also brings what else the file holds: U-Net, VAE, text encoder
-    model, conditioning = build.build_model(cfg.model), build.build_conditioning(cfg.model)
-    if folder is None:
-        if "control" not in checkpoints.parts(source):
-            raise checkpoints.CheckpointError(f"{source} holds no ControlNet")
-        checkpoints.load_control(model.control, source, source="control")
-    else:
-        checkpoint.load_model(model, folder)
-        if average and (folder / checkpoint.AVERAGE).is_file():
-            checkpoint.load_average(model, folder)
-    return model.eval(), conditioning, NoiseSchedule.from_config(cfg.model)
+    return open_origin([source], config_file=config_file, overrides=overrides, average=average).models()
 
 
-def _checkpoint_folder(folder: Path) -> Path:
-    """The folder itself, or the newest complete checkpoint of the run that it belongs to."""
-    if (folder / checkpoint.CHECKPOINTS).is_dir():
-        newest = checkpoint.newest_complete(folder / checkpoint.CHECKPOINTS, logger.warning)
-        if newest is None:
-            raise checkpoints.CheckpointError(f"{folder} holds no complete checkpoint")
-        return newest
-    problem = checkpoint.fault(folder)
-    if problem is not None:
-        raise checkpoints.CheckpointError(problem)
-    return folder
+def _hint(job: Job, readers: Sequence[HintReader], size: tuple[int, int] | None) -> Tensor:
+    """The hints of a job in one tensor [1, C, H, W], all of the size of the first."""
+    hints: list[Tensor] = []
+    for path, reader in zip(job.hints, readers, strict=True):
+        hints.append(read_hint(path, size, reader))
+        size = size or (hints[0].shape[3], hints[0].shape[2])
+    return torch.cat(hints, dim=1)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -175,14 +156,40 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m controlnet.generate", description=__doc__.splitlines()[0])
+EXAMPLES = """
+python -m controlnet.generate --checkpoint runs/mine --hint map.png --prompt "a house" --num-images 4
+python -m controlnet.generate --checkpoint runs/mine --hint maps/ --prompts prompts.txt --images out/
+python -m controlnet.generate --checkpoint control_v11p_sd15_canny.pth --base stable-diffusion-v1-5 --hint edges.png \\
+    --prompt "a house"
+python -m controlnet.generate --base stable-diffusion-v1-5 --checkpoint canny --hint edges.png --weight 1 \\
+    --checkpoint depth --hint depth.png --weight 0.5 --prompt "a house"
+python -m controlnet.generate --config controlnet_infer.yaml --base stable-diffusion-v1-5
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command.parser("controlnet.generate", __doc__.splitlines()[0], EXAMPLES)
     add = parser.add_argument
-    add("--checkpoint", required=True, type=Path, help="folder of a run or of a checkpoint, or a weights file")
-    add("--config", type=Path, help="YAML configuration; by default the checkpoint's own")
-    add("--hint", required=True, type=Path, help="image that controls")
-    add("--size", type=_size, help="WIDTHxHEIGHT to bring the hint to, by the nearest pixel")
-    add("--prompt", required=True)
+    add(
+        "--checkpoint",
+        type=Path,
+        action="append",
+        help="a run, a checkpoint's folder, a diffusers folder, or a weights file; once for each ControlNet",
+    )
+    add(
+        "--config",
+        type=Path,
+        help="YAML configuration (default: the checkpoint's own), or NeMo's controlnet_infer.yaml, which gives options."
+        f" Shipped are {', '.join(command.shipped())}",
+    )
+    add(
+        "--base", type=Path, help="Stable Diffusion to control, a diffusers folder or a checkpoint, instead of --config"
+    )
+    add("--hint", type=Path, action="append", help="image that controls, or a folder of them; once for each ControlNet")
+    add("--weight", type=float, action="append", help="of each ControlNet, in their order (default 1)")
+    add("--size", type=_size, help="WIDTHxHEIGHT of the images; hints are brought to it by the nearest pixel")
+    add("--prompt", action="append", help="a text; several for several images")
+    add("--prompts", type=Path, help="file with a prompt in each line; one for all hints, or as many as hints")
     add("--negative-prompt", default="")
     add("--strength", type=float, default=1.0, help="of the control (default 1)")
     add("--scales", type=float, nargs="+", metavar="S", help="strength of each output, shallow to deep, middle last")
@@ -190,51 +197,133 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--guidance-scale", type=float, default=7.5, help="of the prompt (default 7.5)")
     add("--steps", type=_positive, default=50, help="model evaluations (default 50)")
     add("--eta", type=float, default=0.0, help="0 deterministic, 1 as noisy as DDPM; DDIM of this package only")
-    add("--seed", type=int, default=0, help="image i has seed + i (default 0)")
-    add("--num-images", type=_positive, default=1)
-    add("--scheduler", choices=SCHEDULERS, help="sample with this scheduler of diffusers")
+    add("--seed", type=int, default=0, help="image i of a prompt has seed + i (default 0)")
+    add("--num-images", type=_positive, default=1, help="of each prompt (default 1)")
+    add(
+        "--scheduler",
+        choices=SCHEDULERS,
+        help=f"sample with a scheduler of diffusers, {', '.join(SCHEDULERS)}; by default the DDIM of this package",
+    )
     add("--no-average", action="store_true", help="take the trained weights even where an average was kept")
     add("--precision", default="fp32", help="fp32 (default), bf16 or fp16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--output", type=Path, default=Path("grid.png"), help="PNG of the hint and the images (default grid.png)")
-    add("overrides", nargs="*", metavar="key=value", help="settings that replace the configuration's")
-    arguments = parser.parse_args(argv)
-    if arguments.scheduler and arguments.eta:
-        parser.error("--eta belongs to the DDIM of this package; leave out --scheduler")
+    add("--output", type=Path, default=Path("grid.png"), help="PNG of the hints and the images (default grid.png)")
+    add("--images", type=Path, help="folder for each image as a PNG of its own, with prompt, seed and settings inside")
+    command.add_overrides(parser)
+    return parser  # fmt: skip
+
+
+def _infer_file(path: Path | None) -> dict[str, Any] | None:
+    """The tree of a file in the layout of NeMo's controlnet_infer.yaml, None for any other file."""
+    if path is None:
+        return None
+    tree = config.read(path)
+    return tree if isinstance(tree.get("infer"), dict) else None
+
+
+def _filled(parser: argparse.ArgumentParser, argv: Sequence[str] | None, options: dict[str, Any]) -> argparse.Namespace:
+    """The arguments, with the options of a file where the command line says nothing."""
+    lists = {name: value for name, value in options.items() if isinstance(value, list)}  # argparse would append to them
+    parser.set_defaults(**{name: value for name, value in options.items() if name not in lists})
+    arguments = command.parse(parser, argv)
+    for name, value in lists.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    if arguments.prompts:
+        arguments.prompt = None if "prompt" in lists else arguments.prompt
+    arguments.config = None
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    arguments = _arguments(argv)
-    try:
-        hint = read_hint(arguments.hint, arguments.size)
-        model, conditioning, schedule = load(
-            arguments.checkpoint, arguments.config, arguments.overrides, not arguments.no_average
-        )
-        dtype = config.dtype(arguments.precision, "--precision")
-        model, conditioning = model.to(arguments.device, dtype), conditioning.to(arguments.device)
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    given = command.parse(parser, argv)
+    infer = _infer_file(given.config)
+    arguments = given if infer is None else _filled(parser, argv, nemo_options(infer))
+    if not arguments.checkpoint:
+        parser.error("--checkpoint is not given; expected a run, a folder or a file with a ControlNet")
+    if not arguments.hint:
+        parser.error("--hint is not given; expected an image, or a folder of them")
+    if arguments.prompt and arguments.prompts:
+        parser.error("--prompt and --prompts are both given; keep one")
+    if arguments.scheduler and arguments.eta:
+        parser.error("--eta belongs to the DDIM of this package; leave out --scheduler")
+    arguments.hint = [column if isinstance(column, list) else [column] for column in arguments.hint]
+    return arguments
+
+
+def draw(
+    work: Sequence[Job], origin: Origin, options: argparse.Namespace, progress: Callable[[Sequence[int]], Any]
+) -> str | None:
+    """Draws every job and writes grid and images; returns why an image shows nothing, or None."""
+    checked = _hint(work[0], origin.readers, options.size)
+    check_size(checked, origin.factor)  # before weights are loaded, which takes long
+    model, conditioning, schedule = origin.models()
+    dtype = config.dtype(options.precision, "--precision")
+    model, conditioning = model.to(options.device, dtype), conditioning.to(options.device)
+    rows, problem = [], None
+    for job in work:
+        hint = _hint(job, origin.readers, options.size)
         request = Request(
-            prompt=arguments.prompt,
-            negative_prompt=arguments.negative_prompt,
-            strength=arguments.strength,
-            scales=arguments.scales,
-            guess_mode=arguments.guess_mode,
-            guidance_scale=arguments.guidance_scale,
-            steps=arguments.steps,
-            eta=arguments.eta,
-            seed=arguments.seed,
-            images=arguments.num_images,
-            scheduler=arguments.scheduler,
+            prompt=job.prompt,
+            negative_prompt=options.negative_prompt,
+            strength=options.strength,
+            scales=options.scales,
+            guess_mode=options.guess_mode,
+            guidance_scale=options.guidance_scale,
+            steps=options.steps,
+            eta=options.eta,
+            seed=options.seed,
+            images=options.num_images,
+            scheduler=options.scheduler,
         )
-        images, latents = generate(
-            model, conditioning, schedule, hint, request, progress=lambda order: tqdm(order, disable=None)
+        images, latents = generate(model, conditioning, schedule, hint, request, progress)
+        problem = problem or fault(images, latents)
+        pixels = to_uint8(images)
+        parts = hint.split([reader.channels for reader in origin.readers], dim=1)
+        number = f"{job.name}: " if len(work) > 1 else ""
+        rows += [(f"{number}hint", to_uint8(part, low=0.0)) for part in parts] + [(f"{number}{job.prompt}", pixels)]
+        for i, image in enumerate(pixels if options.images else ()):
+            seed = options.seed + i
+            save_png(picture(image), options.images / f"{job.name}-{seed}.png", _facts(request, job, options, seed))
+    facts = _facts(request, work[-1], options, options.seed)
+    if len(work) > 1:
+        facts["prompt"] = "\n".join(job.prompt for job in work)
+        facts["hint"] = "\n".join(" ".join(map(str, job.hints)) for job in work)
+    save_png(grid(rows), options.output, facts)
+    return problem
+
+
+def _facts(request: Request, job: Job, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """What an image was made of, for its metadata."""
+    facts = {**dataclasses.asdict(request), "seed": seed, "hint": " ".join(map(str, job.hints))}
+    facts |= {"checkpoint": " ".join(map(str, options.checkpoint)), "precision": options.precision}
+    if options.weight:
+        facts["weights"] = " ".join(map(str, options.weight))
+    return {name: fact for name, fact in facts.items() if fact not in (None, "")}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    quiet_libraries()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        arguments = _arguments(argv)
+        require("tqdm", extra="train", wanted_by="it shows the progress")
+        from tqdm import tqdm
+
+        prompts = read_prompts(arguments.prompts) if arguments.prompts else arguments.prompt or []
+        work = jobs(arguments.hint, prompts, len(arguments.checkpoint))
+        origin = open_origin(
+            arguments.checkpoint,
+            config_file=arguments.config,
+            base=arguments.base,
+            weights=arguments.weight,
+            overrides=arguments.overrides,
+            average=not arguments.no_average,
         )
+        problem = draw(work, origin, arguments, lambda order: tqdm(order, disable=None))
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    label = arguments.prompt.encode("ascii", "replace").decode()  # what Pillow's built-in font can write
-    grid({"hint": to_uint8(hint, low=0.0), label: to_uint8(images)}).save(arguments.output)
-    problem = fault(images, latents)
     if problem is not None:
         sys.exit(f"error: {arguments.output} shows nothing: {problem}")
     print(arguments.output)

@@ -50,6 +50,18 @@ def weights(path: Path) -> Iterator[Path]:
         yield target
 
 
+def read_config(path: Path) -> str:
+    """The text of the archive's model_config.yaml. Raises CheckpointError where there is none that can be read."""
+    try:
+        with _opened(path) as bounded, tarfile.open(fileobj=bounded, mode="r:") as archive:
+            for member in archive:
+                if member.isfile() and not member.issparse() and PurePosixPath(member.name).name == CONFIG:
+                    return archive.extractfile(member).read(_HEADERS).decode()
+    except (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged, or no .nemo archive: {error}") from error
+    raise CheckpointError(f"{path} has no member {CONFIG}")
+
+
 @contextlib.contextmanager
 def _uncompressed(path: Path, folder: Path) -> Iterator[BinaryIO]:
     """The archive open for reading; a compressed one is unpacked into the folder, within bounds."""

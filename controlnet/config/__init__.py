@@ -1,7 +1,7 @@
 """YAML configurations: reading and checking them. `keys.py` and `stages.py` list every key."""
 
 from controlnet.config.checks import canonical_target, check_stage, dtype, precision, stage_of
-from controlnet.config.loading import canonical_node, compose, load, save
+from controlnet.config.loading import canonical_node, compose, load, parse, read, save
 from controlnet.config.rules import seconds
 from controlnet.config.schema import ConfigError, did_you_mean, nearest, refuse_unknown, shown
 
@@ -15,7 +15,9 @@ __all__ = [
     "dtype",
     "load",
     "nearest",
+    "parse",
     "precision",
+    "read",
     "refuse_unknown",
     "save",
     "seconds",

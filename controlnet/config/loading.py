@@ -1,6 +1,7 @@
 """Reads a YAML configuration in NeMo's layout or the original repository's, and checks it."""
 
 import contextlib
+import io
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
@@ -37,15 +38,26 @@ def load(path: str | PathLike, overrides: Iterable[str] = (), *, sections: Itera
     Raises ConfigError for an unknown key or target, a value of the wrong kind or out of range, or one that asks for
         something that is not built here; FileNotFoundError.
     """
-    omegaconf = _omegaconf()
+    return compose(read(path), overrides, sections=sections)
+
+
+def read(path: str | PathLike) -> dict[str, Any]:
+    """The tree of a YAML file, interpolations and names as they stand there; raises as `load`."""
     if Path(path).stat().st_size > _LARGEST_FILE:
         raise ConfigError(f"{path} has {Path(path).stat().st_size} bytes; expected a configuration, below 1 MiB")
     with _readable(f"{path} is not a YAML configuration"):
-        _check_size(Path(path).read_text(encoding="utf-8"), path)
-        document = omegaconf.OmegaConf.load(path)
-    if not isinstance(document, omegaconf.DictConfig):
-        raise ConfigError(f"{path} holds a {type(document).__name__}; expected a mapping with a `model` section")
-    return compose(document, overrides, sections=sections)
+        return parse(Path(path).read_text(encoding="utf-8-sig"), path)
+
+
+def parse(text: str, path: str | PathLike) -> dict[str, Any]:
+    """`read` for the text of a file; `path` names it in errors."""
+    omegaconf = _omegaconf()
+    with _readable(f"{path} is not a YAML configuration"):
+        _check_size(text, path)
+        document = omegaconf.OmegaConf.load(io.StringIO(text))
+        if not isinstance(document, omegaconf.DictConfig):
+            raise ConfigError(f"{path} holds a {type(document).__name__}; expected a mapping with a `model` section")
+        return omegaconf.OmegaConf.to_container(document, resolve=False)
 
 
 def compose(
@@ -65,8 +77,8 @@ def compose(
         if value == "???":
             raise ConfigError(f"{path} is ???; give it a value in the file or as an override")
     with _readable("the configuration cannot be resolved"):
-        merged = resolve(OmegaConf.merge(OmegaConf.create(checks.defaults()), OmegaConf.create(tree)), sections)
-        return _checked(merged, tree)
+        defaults = OmegaConf.create(checks.defaults())
+        return _checked(resolve(OmegaConf.merge(defaults, OmegaConf.create(tree)), defaults, sections), tree)
 
 
 def save(cfg: "DictConfig", path: str | PathLike) -> None:

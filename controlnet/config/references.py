@@ -3,7 +3,7 @@
 What a configuration takes from the environment may be a secret, and a run saves its configuration with each checkpoint.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from controlnet.config.schema import ConfigError, is_list, join
@@ -16,13 +16,14 @@ _MARK, _END = "CNREFERENCE", "ECNEREFERENC"
 _RESOLVERS = {"oc.env": "controlnet.env", "oc.decode": "controlnet.decode"}
 
 
-def resolve(config: "DictConfig", sections: Iterable[str] | None = None) -> "DictConfig":
+def resolve(config: "DictConfig", defaults: "DictConfig", sections: Iterable[str] | None = None) -> "DictConfig":
     """The configuration with every interpolation replaced by its value, except for `${oc.env:...}`.
 
     A value that goes back to an environment variable, by however many other keys, becomes a reference to that variable
     itself; OmegaConf resolves it where the value is read.
 
     Arguments:
+        defaults: what a key has whose variable is not set, outside the sections.
         sections: top-level keys of which a variable that is not set is an error; None for all.
     Raises ConfigError for a variable that is not set, and OmegaConf's errors for other interpolations.
     """
@@ -32,7 +33,11 @@ def resolve(config: "DictConfig", sections: Iterable[str] | None = None) -> "Dic
     marked = OmegaConf.create(_map(OmegaConf.to_container(config, resolve=False), _renamed))
     OmegaConf.resolve(marked)
     resolved = OmegaConf.create(_map(OmegaConf.to_container(marked), _unmarked))
-    _check(resolved, None if sections is None else set(sections))
+    needed = None if sections is None else set(sections)
+    for path, reason in list(_unset(resolved)):
+        if needed is None or path.partition(".")[0] in needed:
+            raise ConfigError(f"{path} cannot be resolved: {reason}")
+        OmegaConf.update(resolved, path, OmegaConf.select(defaults, path), merge=False)
     return resolved
 
 
@@ -89,18 +94,16 @@ def _map(node: Any, change: Any) -> Any:
     return change(node) if isinstance(node, str) else node
 
 
-def _check(node: Any, sections: set[str] | None, path: str = "") -> None:
-    """Reads every value once; one that cannot be read is an error, or becomes null outside the sections."""
+def _unset(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted path, reason) of every key whose value cannot be read."""
     from omegaconf.errors import OmegaConfBaseException
 
     for key in list(node) if isinstance(node, Mapping) else range(len(node)):
-        full = join(path, str(key))
+        full = join(path, str(key)) if isinstance(node, Mapping) else path
         try:
             value = node[key]
         except OmegaConfBaseException as error:
-            if sections is None or full.partition(".")[0] in sections:
-                raise ConfigError(f"{full} cannot be resolved: {str(error).strip().splitlines()[0]}") from error
-            node[key] = None
+            yield full, str(error).strip().splitlines()[0]
             continue
         if isinstance(value, Mapping) or is_list(value):
-            _check(value, sections, full)
+            yield from _unset(value, full)

@@ -1,10 +1,12 @@
 """Images to look at: the grid of hints, reconstructions and samples, and why an image shows nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -51,21 +53,36 @@ def fault(images: Tensor, latents: Tensor) -> str | None:
     return None
 
 
-def grid(rows: Mapping[str, Tensor]) -> Image.Image:
+def save_png(image: Image.Image, path: Path, facts: Mapping[str, object]) -> None:
+    """Writes a PNG with a text for each fact ("prompt", "seed", ...), where image viewers and `Image.text` show it."""
+    info = PngInfo()
+    for name, fact in facts.items():
+        info.add_itxt(name, str(fact))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, "PNG", pnginfo=info)
+
+
+def picture(image: Tensor) -> Image.Image:
+    """The picture of uint8 [3, H, W]."""
+    return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()))
+
+
+def grid(rows: Mapping[str, Tensor] | Sequence[tuple[str, Tensor]]) -> Image.Image:
     """One picture with a labelled row of images for each entry.
 
     Arguments:
-        rows: label -> uint8 [N, 3, H, W]; rows may differ in N and size.
+        rows: (label, uint8 [N, 3, H, W]) of each row, or a mapping of them; rows may differ in N and size.
     """
-    height = sum(row.shape[2] + LABEL_HEIGHT + MARGIN for row in rows.values()) + MARGIN
-    width = max(row.shape[0] * (row.shape[3] + MARGIN) for row in rows.values()) + MARGIN
+    rows = list(rows.items() if isinstance(rows, Mapping) else rows)
+    height = sum(row.shape[2] + LABEL_HEIGHT + MARGIN for _, row in rows) + MARGIN
+    width = max(row.shape[0] * (row.shape[3] + MARGIN) for _, row in rows) + MARGIN
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
     top = MARGIN
-    for label, row in rows.items():
-        draw.text((MARGIN, top), label, fill="black")
+    for label, row in rows:
+        draw.text((MARGIN, top), label.encode("ascii", "replace").decode(), fill="black")  # Pillow's own font
         top += LABEL_HEIGHT
-        for i, image in enumerate(row.permute(0, 2, 3, 1).cpu().numpy()):
-            canvas.paste(Image.fromarray(np.ascontiguousarray(image)), (MARGIN + i * (image.shape[1] + MARGIN), top))
+        for i, image in enumerate(row):
+            canvas.paste(picture(image), (MARGIN + i * (row.shape[3] + MARGIN), top))
         top += row.shape[2] + MARGIN
     return canvas

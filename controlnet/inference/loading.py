@@ -1,0 +1,182 @@
+"""From the path of a trained ControlNet to the models that draw: by a configuration, or by the base that it controls."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from controlnet import build, checkpoints, config
+from controlnet.checkpoints import archive
+from controlnet.checkpoints.convert import load as load_parts
+from controlnet.conditioning import AutoencoderKL, CLIPTextEncoder, Conditioning
+from controlnet.config import ConfigError
+from controlnet.data.hints import HintReader
+from controlnet.inference.several import SeveralControlNets
+from controlnet.model.controlled import ControlledUNet
+from controlnet.model.controlnet import ControlNet
+from controlnet.model.diffusion import NoiseSchedule
+from controlnet.training import checkpoint
+
+logger = logging.getLogger(__name__)
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names
+SCALE_FACTOR = 0.18215  # of Stable Diffusion's latents
+
+
+@dataclasses.dataclass
+class Origin:
+    """Where the models come from, read as far as hints need it; `models` loads the weights.
+
+    Attributes:
+        cfg: the configuration of the first checkpoint, None with a base.
+        base: checkpoint of the Stable Diffusion that is controlled, instead of a configuration.
+        readers: how the hint of each ControlNet is decoded.
+        factor: what the size of a picture must be divisible by.
+    """
+
+    paths: Sequence[Path]
+    weights: Sequence[float]
+    average: bool
+    cfg: Any
+    base: Path | None
+    readers: list[HintReader]
+    factor: int
+    controls: dict[int, ControlNet]  # those that had to be loaded already, by position
+
+    def models(self) -> tuple[ControlledUNet, Conditioning, NoiseSchedule]:
+        """The model with its conditioning and noise schedule, on the CPU, in float32.
+
+        Raises CheckpointError, ConfigError, FileNotFoundError.
+        """
+        if self.cfg is not None:
+            model, conditioning = self._configured()
+            schedule = NoiseSchedule.from_config(self.cfg.model)
+        else:
+            unet = load_parts(self.base).unet
+            if unet is None:
+                raise checkpoints.CheckpointError(f"--base {self.base} holds no U-Net")
+            build.check_copy(unet.arch, self.controls[0].arch)
+            model = ControlledUNet(unet, self.controls[0])
+            conditioning, schedule = _conditioning_of(self.base), _schedule_of(self.base)
+        if len(self.paths) > 1:
+            controls = [model.control, *(self.controls[number] for number in range(1, len(self.paths)))]
+            model.control = SeveralControlNets(controls, self.weights)
+        elif list(self.weights) != [1.0]:
+            model.control = SeveralControlNets([model.control], self.weights)
+        return model.float().eval(), conditioning, schedule
+
+    def _configured(self) -> tuple[ControlledUNet, Conditioning]:
+        node, path = self.cfg.model, self.paths[0]
+        found = checkpoints.resolve(path)
+        if found.kind != "checkpoint" and node.ckpt_path is None:
+            node.ckpt_path = str(path)  # also brings what else it holds: U-Net, VAE, text encoder
+        model, conditioning = build.build_model(node), build.build_conditioning(node)
+        if found.kind == "checkpoint":
+            checkpoint.load_model(model, found.folder)
+            if self.average and found.average is not None:
+                checkpoint.load_average(model, found.folder)
+        elif node.ckpt_path != str(path) or "control" not in checkpoints.parts(path):
+            checkpoints.load_control(model.control, path, source="control")
+        return model, conditioning
+
+
+def open_origin(
+    paths: Sequence[Path],
+    *,
+    config_file: Path | None = None,
+    base: Path | None = None,
+    weights: Sequence[float] | None = None,
+    overrides: Sequence[str] = (),
+    average: bool = True,
+) -> Origin:
+    """What draws: one ControlNet or several, with the Stable Diffusion that they control.
+
+    Arguments:
+        paths: of each ControlNet a run's folder (its newest complete checkpoint is taken), a checkpoint's folder, a
+            diffusers folder, or a file of any layout that `checkpoints` reads.
+        config_file: YAML of the first one; by default the one in its checkpoint's folder.
+        base: a diffusers pipeline's folder or a Stable Diffusion checkpoint; its U-Net, VAE, text encoder and noise
+            schedule are taken, and no configuration is needed.
+        weights: of each ControlNet (default 1).
+        overrides: settings of the configuration, `key=value`.
+        average: take the averaged weights where a run kept them.
+    Raises CheckpointError, ConfigError, FileNotFoundError.
+    """
+    weights = [1.0] * len(paths) if not weights else list(weights)
+    if len(weights) != len(paths):
+        raise ConfigError(f"--weight is given {len(weights)} times for {len(paths)} ControlNets; expected one for each")
+    found, cfg, controls = checkpoints.resolve(paths[0]), None, {}
+    if config_file is None and base is None and found.kind == "pipeline":
+        base = paths[0]
+    if base is None:
+        cfg = _configuration(paths[0], config_file or found.config, overrides)
+        if found.kind != "checkpoint" and "control" not in checkpoints.parts(paths[0]):
+            raise checkpoints.CheckpointError(f"{paths[0]} holds no ControlNet")
+    elif config_file is not None or overrides:
+        raise ConfigError("--base takes all from its checkpoint; leave out --config and settings, or --base")
+    for number, path in enumerate(paths):
+        if number or cfg is None:
+            controls[number] = _control(path, base, average)
+    if cfg is not None:
+        node = build.require_part(cfg.model, "control_stage_config")
+        first = HintReader.from_config(cfg.data.train.hint, node["hint_channels"])
+        factor = 2 ** (len(node.get("hint_block_channels", (16, 32, 96, 256))) - 1)
+    else:
+        first, factor = HintReader(controls[0].arch.hint_channels), controls[0].arch.hint_factor
+    readers = [first, *(HintReader(controls[number].arch.hint_channels) for number in range(1, len(paths)))]
+    return Origin(paths, weights, average, cfg, base, readers, factor, controls)
+
+
+def _configuration(path: Path, file: Path | None, overrides: Sequence[str]) -> Any:
+    if file is not None:
+        return config.load(file, overrides, sections=("model",))
+    if path.suffix != ".nemo":
+        kind = "folder" if path.is_dir() else "file"
+        raise ConfigError(
+            f"{path} is a {kind}, which holds no configuration; give one with --config, or with --base the Stable"
+            " Diffusion that it controls"
+        )
+    cfg = config.compose({"model": config.parse(archive.read_config(path), path)}, overrides, sections=("model",))
+    held = checkpoints.parts(path)
+    for part, key in (
+        ("unet", "unet_config"),
+        ("control", "control_stage_config"),
+        ("first_stage", "first_stage_config"),
+    ):
+        for name in ("from_pretrained", "from_pretrained_unet"):  # files of another machine
+            if part in held and cfg.model[key] is not None:
+                cfg.model[key].pop(name, None)
+    return cfg
+
+
+def _control(path: Path, base: Path | None, average: bool) -> ControlNet:
+    control = load_parts(path, base=base if base != path else None, average=average).control
+    if control is None:
+        raise checkpoints.CheckpointError(f"{path} holds no ControlNet")
+    return control
+
+
+def _conditioning_of(base: Path) -> Conditioning:
+    """First stage and text encoder of a Stable Diffusion checkpoint."""
+    first_stage = AutoencoderKL(from_pretrained=str(base))
+    text = CLIPTextEncoder(**{"version" if base.is_dir() else "from_pretrained": str(base)})
+    return Conditioning(first_stage, text, first_stage.vae.config.scaling_factor or SCALE_FACTOR)
+
+
+def _schedule_of(base: Path) -> NoiseSchedule:
+    """The noise schedule that a pipeline's folder states, else that of Stable Diffusion 1."""
+    file = base / "scheduler" / "scheduler_config.json"
+    stated = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    prediction = stated.get("prediction_type", "epsilon")
+    shape = stated.get("beta_schedule", "scaled_linear")
+    if prediction not in PREDICTIONS or shape not in ("scaled_linear", "linear"):
+        raise ConfigError(f"{file} has prediction_type {prediction!r}, beta_schedule {shape!r}; use --config instead")
+    return NoiseSchedule(
+        stated.get("num_train_timesteps", 1000),
+        stated.get("beta_start", 0.00085),
+        stated.get("beta_end", 0.012),
+        beta_schedule="linear" if shape == "scaled_linear" else "sqrt_linear",
+        parameterization=PREDICTIONS[prediction],
+    )

@@ -1,0 +1,167 @@
+"""The command lines: help that works, words for slips of the pen, and what is said where a package is missing."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import controlnet
+from controlnet import __main__ as overview
+from controlnet import command, config, extras, generate, train
+from controlnet.config import __main__ as reference
+from controlnet.config.reference import markdown
+from controlnet.config.stages import ARGUMENTS
+from controlnet.quickstart import __main__ as quickstart
+from tests.controlnet import tiny_run
+
+ROOT = Path(controlnet.__file__).parents[1]
+MAINS = {
+    "train": train.main,
+    "generate": generate.main,
+    "config": reference.main,
+    "quickstart": quickstart.main,
+}
+
+
+def run(code, *, blocked=()):
+    """stdout and stderr of Python code in an environment that lacks some packages."""
+    block = "".join(f"sys.modules[{name!r}] = None\n" for name in blocked)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    script = f"import sys\n{block}{code}"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=300)
+
+
+def test_the_page_of_all_keys_is_that_of_the_tables():
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == markdown() + "\n", "python -m controlnet.config > docs/configuration.md"
+
+
+def test_every_key_says_what_it_does():
+    for path, key in config.checks.every_key():
+        assert key.effect, path
+    for target, keys in ARGUMENTS.items():
+        assert all(key.effect for key in keys.values()), target
+
+
+def test_the_overview_names_every_entry_point(capsys):
+    entries = [path.stem for path in (ROOT / "controlnet").glob("*.py") if '__name__ == "__main__"' in path.read_text()]
+    entries += [path.parent.name for path in (ROOT / "controlnet").glob("*/__main__.py")]
+    text = overview.text()
+    named = re.findall(r"python -m controlnet\.(\w+)", text)
+    assert sorted(named) == sorted(set(entries) - {"__main__", "controlnet"})
+    assert all(path in text for path in command.shipped()) and len(command.shipped()) >= 3
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_help_has_examples_that_parse_and_names_the_shipped_configurations(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        MAINS[name](["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    if name != "quickstart":
+        assert all(Path(path).name in text for path in command.shipped())
+    examples = text.partition("examples:")[2].replace("\\\n", " ")
+    found = re.findall(rf"python -m controlnet\.{name}\b(.*)|-m controlnet\.{name}\b(.*)", examples)
+    assert found
+    parsers = {"train": train._arguments, "generate": lambda argv: command.parse(generate._parser(), argv)}
+    for arguments in found:
+        words = shlex.split("".join(arguments).partition("|")[0])
+        if name in parsers:
+            parsers[name](words)
+    for path in re.findall(r"controlnet/configs/\w+\.yaml", examples):
+        assert (ROOT / path).is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--config", "x.yaml", "--model.seed=2"], "write model.seed=2, without dashes"),
+        (["--config", "x.yaml", "--modle"], "--modle is not known"),
+        (["--config", "x.yaml", "model.seed"], "model.seed.*key=value"),
+    ],
+)
+def test_slips_of_the_pen(arguments, words, capsys):
+    with pytest.raises(SystemExit):
+        train.main(arguments)
+    assert re.search(words, capsys.readouterr().err.replace("\n", " "))
+
+
+def test_settings_stand_anywhere():
+    arguments = train._arguments(["model.seed=1", "--config", "x.yaml", "model.seed=2"])
+    assert arguments.config == "x.yaml" and arguments.overrides == ["model.seed=1", "model.seed=2"]
+
+
+def test_a_weights_file_is_no_checkpoint_to_go_on_from(tmp_path):
+    (tmp_path / "control.pth").write_bytes(b"x")
+    cfg = tiny_run.configuration(tmp_path, f"exp_manager.resume_from_checkpoint={tmp_path}/control.pth")
+    with pytest.raises(config.ConfigError, match="a file; .* control_stage_config.from_pretrained .* model.ckpt_path"):
+        train.check_resume(cfg)
+
+
+def test_config_command(tmp_path, capsys):
+    path = ROOT / "controlnet" / "configs" / "quickstart.yaml"
+    assert reference.main([str(path), "model.seed=7"]) == 0
+    assert "seed: 7" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="error: model.sede is not a known key; the nearest is model.seed"):
+        reference.main([str(path), "model.sede=7"])
+
+
+@pytest.mark.parametrize(
+    "code, blocked, words",
+    [
+        ("from controlnet.train import main; main(['--config', 'x.yaml'])", ["omegaconf", "tqdm"], "omegaconf"),
+        ("from controlnet.train import main; main(['--config', 'x.yaml'])", ["tqdm"], "tqdm is not installed"),
+        (
+            "from controlnet.quickstart.__main__ import main; main([])",
+            ["omegaconf", "webdataset"],
+            "omegaconf and webd",
+        ),
+        (
+            "from controlnet.generate import main; main(['--checkpoint', '.', '--hint', 'x', '--prompt', 'y'])",
+            ["omegaconf", "tqdm"],
+            "tqdm is not installed",
+        ),
+        ("from controlnet.config.__main__ import main; main(['x.yaml'])", ["omegaconf"], "omegaconf is not installed"),
+    ],
+)
+def test_a_missing_package_is_named_by_every_command(code, blocked, words):
+    done = run(code, blocked=blocked)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and words in last and "pip install" in last
+
+
+@pytest.mark.parametrize("name", ["accelerate", "restore"])
+def test_a_missing_diffusers_is_named_by_accelerate(name):
+    done = run(
+        f"import controlnet\ntry: controlnet.{name}(None)\nexcept ImportError as error: print(error)",
+        blocked=["diffusers"],
+    )
+    assert "diffusers is not installed" in done.stdout and "pip install diffusers" in done.stdout, done.stderr
+
+
+def test_require_names_all_that_is_missing():
+    extras.require("sys", extra="train", wanted_by="x")
+    with pytest.raises(
+        ImportError, match=r"cn_absent and cn_too are not installed: x\. pip install cn_absent cn_too, or"
+    ):
+        extras.require("cn_absent", "cn_too", extra="train", wanted_by="x")
+
+
+def test_libraries_are_quiet_unless_the_user_has_set_them(monkeypatch):
+    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
+    monkeypatch.setenv("DIFFUSERS_VERBOSITY", "debug")
+    extras.quiet_libraries()
+    assert os.environ["TRANSFORMERS_VERBOSITY"] == "error" and os.environ["DIFFUSERS_VERBOSITY"] == "debug"
+
+
+def test_environment_report_has_help():
+    done = subprocess.run(
+        [sys.executable, "-m", "cnkernels.env", "--help"], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+    assert done.returncode == 0 and "usage: python -m cnkernels.env" in done.stdout

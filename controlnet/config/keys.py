@@ -14,7 +14,7 @@ _PLAIN_LOSS = "the loss is the plain mean squared error"
 _NO_VALIDATION = "there is no validation loop: samples are drawn by model.image_logger"
 _NO_LOOP = "without validation there is nothing to time"
 _ONE = "ranks are data-parallel: each holds the whole model"
-_BUCKETS = "gradients travel in the buckets of DistributedDataParallel"
+_GRADIENT_BUCKETS = "gradients travel in the buckets of DistributedDataParallel"
 _PICKLED = "a checkpoint is a folder named by its step"
 _REPORTS = "metrics go to metrics.jsonl and TensorBoard"
 
@@ -169,7 +169,7 @@ SCHEMA: dict[str, Any] = {
         "inductor_cudagraphs": only(False, "compilation leaves CUDA graphs off; model.inductor compiles"),
         "capture_cudagraph_iters": only(-1, "training captures no CUDA graph"),
         "gradient_as_bucket_view": flag(True, "gradients are views of the buckets of DistributedDataParallel"),
-        "ddp_overlap": silent(True, _BUCKETS),
+        "ddp_overlap": silent(True, _GRADIENT_BUCKETS),
         "seed": integer(1234, "of weights, data order and noise", low=0, high=2**62),
         "apex_transformer_log_level": silent(30, "Apex is not used"),
         "megatron_amp_O2": silent(False, "trained weights are float32, locked ones in trainer.precision, either way"),
@@ -254,11 +254,11 @@ SCHEMA: dict[str, Any] = {
         "weight_decay": number(0.0, "decoupled, as in AdamW", low=0),
         "betas": several([0.9, 0.999], "of Adam", number(..., "", low=0, below=1), length=2),
         "eps": number(1e-8, "of Adam", above=0),
-        "overlap_grad_sync": silent(True, _BUCKETS),
-        "overlap_param_sync": silent(True, _BUCKETS),
-        "contiguous_grad_buffer": silent(True, _BUCKETS),
-        "contiguous_param_buffer": silent(True, _BUCKETS),
-        "bucket_cap_mb": silent(None, _BUCKETS),
+        "overlap_grad_sync": silent(True, _GRADIENT_BUCKETS),
+        "overlap_param_sync": silent(True, _GRADIENT_BUCKETS),
+        "contiguous_grad_buffer": silent(True, _GRADIENT_BUCKETS),
+        "contiguous_param_buffer": silent(True, _GRADIENT_BUCKETS),
+        "bucket_cap_mb": silent(None, _GRADIENT_BUCKETS),
         "sched": {
             "name": text(
                 "WarmupHoldPolicy", "constant (WarmupHoldPolicy, WarmupPolicy), cosine (CosineAnnealing) or linear"

@@ -25,6 +25,7 @@ _UNPACK = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}  # the archive
 _RATIO = 100  # how much a compressed archive may unpack to, over its size; weights reach 1.1
 _ROOM = 1 << 24  # bytes beyond the ratio: what a small archive of zeros may unpack to
 _CHUNK = 1 << 20
+_LARGEST_CONFIG = 1 << 24  # bytes; real ones have some ten thousand
 
 
 @contextlib.contextmanager
@@ -37,29 +38,44 @@ def weights(path: Path) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / WEIGHTS
-        try:
-            with _uncompressed(path, Path(folder)) as archive:
-                member = _weights_member(path, list(tar.members(archive)))
-                archive.seek(member.offset)
-                with open(target, "wb") as file:
-                    copied = _copy(archive, file, member.size)
-        except (tar.TarDamage, zlib.error, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
-            raise CheckpointError(f"{path} is damaged, or no .nemo archive: {error}") from error
-        if copied != member.size:
-            raise CheckpointError(f"{path} is cut off: {WEIGHTS} has {copied} of {member.size} bytes")
+        with open(target, "wb") as file, _member(path, WEIGHTS) as (archive, size):
+            _copy(archive, file, size)
         yield target
 
 
 def read_config(path: Path) -> str:
-    """The text of the archive's model_config.yaml. Raises CheckpointError where there is none that can be read."""
+    """The text of the archive's model_config.yaml.
+
+    Raises:
+        CheckpointError: as `weights`; or a configuration that is no text, or larger than any is.
+    """
+    text = io.BytesIO()
+    with _member(path, CONFIG) as (archive, size):
+        if size > _LARGEST_CONFIG:
+            raise CheckpointError(f"{path} is refused: its {CONFIG} has {size} bytes")
+        _copy(archive, text, size)
     try:
-        with _opened(path) as bounded, tarfile.open(fileobj=bounded, mode="r:") as archive:
-            for member in archive:
-                if member.isfile() and not member.issparse() and PurePosixPath(member.name).name == CONFIG:
-                    return archive.extractfile(member).read(_HEADERS).decode()
-    except (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged, or no .nemo archive: {error}") from error
-    raise CheckpointError(f"{path} has no member {CONFIG}")
+        return text.getvalue().decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: its {CONFIG} is not UTF-8: {error}") from error
+
+
+@contextlib.contextmanager
+def _member(path: Path, name: str) -> Iterator[tuple[BinaryIO, int]]:
+    """The archive open at its one member of that name, and how many bytes that has."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with _uncompressed(path, Path(folder)) as archive:
+                member = _find(path, list(tar.members(archive)), name)
+                end = archive.seek(0, io.SEEK_END)
+                if member.offset + member.size > end:
+                    raise CheckpointError(
+                        f"{path} is cut off: {name} has {max(0, end - member.offset)} of {member.size} bytes"
+                    )
+                archive.seek(member.offset)
+                yield archive, member.size
+        except (tar.TarDamage, zlib.error, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
+            raise CheckpointError(f"{path} is damaged, or no .nemo archive: {error}") from error
 
 
 @contextlib.contextmanager
@@ -89,15 +105,15 @@ def _copy(source: BinaryIO, target: BinaryIO, size: int) -> int:
     return copied
 
 
-def _weights_member(path: Path, members: list[tar.Member]) -> tar.Member:
+def _find(path: Path, members: list[tar.Member], wanted: str) -> tar.Member:
     for member in members:
         name = PurePosixPath(member.name)
         if name.is_absolute() or ".." in name.parts or "\\" in member.name:
             raise CheckpointError(f"{path} is refused: its member {member.name!r} would leave the archive's folder")
-    found = [member for member in members if PurePosixPath(member.name).name == WEIGHTS]
+    found = [member for member in members if PurePosixPath(member.name).name == wanted]
     if len(found) != 1:
         names = ", ".join(member.name for member in members[:6])
-        raise CheckpointError(f"{path} has {len(found)} members {WEIGHTS} ({names}); expected one")
+        raise CheckpointError(f"{path} has {len(found)} members {wanted} ({names}); expected one")
     if found[0].sparse:
         raise CheckpointError(
             f"{path} is refused: its member {found[0].name!r} is sparse: it claims more than it holds"

@@ -7,6 +7,7 @@ as the largest and as the root-mean-square error over the tensor, NaN and inf in
 `cnkernels.check.rule` says what is taken for the error of eager.
 """
 
+import re
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -39,9 +40,11 @@ def backends(op: str) -> list:
 
 
 def skip_unless_served(op: str, backend: str, dtype: torch.dtype, head_dim: int | None = None) -> None:
-    """Skips the test, with the reason, where `backend` does not serve such a call."""
+    """Skips the test, with the reason, where `backend` does not serve such a call and refuses it for that reason."""
     reason = dispatch.why_not(op, backend, DEVICE, dtype, head_dim)
     if reason:
+        with cnkernels.backend(backend), pytest.raises(ValueError, match=re.escape(reason)):
+            dispatch.select(op, DEVICE, dtype, head_dim)
         pytest.skip(reason)
 
 

@@ -12,9 +12,19 @@ from tests.cnkernels.harness import DEVICE, randn
 from tests.cnkernels.test_attention import LAYOUTS, SHAPES, eager, fused, inputs
 
 on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="a path of the CPU")
-fuses = pytest.mark.skipif(
-    not onednn.serves(torch.empty(0, dtype=torch.bfloat16)), reason="this CPU has no products of bfloat16"
-)
+
+
+@pytest.fixture(params=[True, False], ids=["bfloat16-products", "no-bfloat16-products"])
+def fused_path(request, monkeypatch):
+    """The way of a head that can be fused: its own on a CPU with products of bfloat16, the plain one on any other.
+
+    What the latter's users get is tested on every CPU.
+    """
+    if not request.param:
+        monkeypatch.setattr(onednn, "_dtypes", lambda: frozenset({torch.float32}))
+    elif not onednn.serves(torch.empty(0, dtype=torch.bfloat16)):
+        pytest.skip("this CPU has no products of bfloat16")
+    return "_fwd_fused" if request.param else "_fwd_plain"
 
 
 @pytest.fixture
@@ -28,35 +38,31 @@ def paths(monkeypatch):
 
 
 @on_cpu
-@fuses
 @pytest.mark.parametrize("scale", [None, 0.05, -0.2])
 @pytest.mark.parametrize("queries, keys, dim", [(513, 1031, 40), (600, 512, 80), (530, 530, 160)])
-def test_fused_attention(queries, keys, dim, scale, paths):
+def test_fused_attention(queries, keys, dim, scale, fused_path, paths):
     harness.compare(fused(scale), eager(scale), inputs(1, 2, queries, keys, dim), torch.bfloat16, "aten")
-    assert set(paths) == {"_fwd_fused"}
+    assert set(paths) == {fused_path}
 
 
 @on_cpu
-@fuses
 @pytest.mark.parametrize("arrange", LAYOUTS)
-def test_fused_attention_reads_every_layout(arrange, paths):
+def test_fused_attention_reads_every_layout(arrange, fused_path, paths):
     tensors = inputs(2, 2, 520, 530, 40)
     harness.compare(fused(), eager(), tensors, torch.bfloat16, "aten", arrange=arrange, backward=False)
-    assert set(paths) == {"_fwd_fused"}
+    assert set(paths) == {fused_path}
 
 
 @on_cpu
-@fuses
-def test_fused_attention_of_keys_far_from_zero(paths):
+def test_fused_attention_of_keys_far_from_zero(fused_path, paths):
     """Their mean moves all scores of a row alike: c follows it."""
     q, k, v = inputs(1, 1, 520, 600, 40)
     harness.compare(fused(), eager(), [q, k + 3.0, v], torch.bfloat16, "aten", backward=False)
-    assert set(paths) == {"_fwd_fused"}
+    assert set(paths) == {fused_path}
 
 
 @on_cpu
-@fuses
-def test_fused_attention_of_one_key_that_outweighs_the_rest(paths):
+def test_fused_attention_of_one_key_that_outweighs_the_rest(fused_path, paths):
     """The widest reach that is served: a row's largest exponential lies as low as it can, the others below."""
     q, k, v = inputs(1, 1, 520, 600, 16)
     k = k * 0.1
@@ -65,7 +71,7 @@ def test_fused_attention_of_one_key_that_outweighs_the_rest(paths):
     q = q * 0.3
     q[..., 3] = torch.linspace(-15.0, 15.0, 520, dtype=q.dtype, device=q.device)[None, :, None]
     harness.compare(fused(0.3), eager(0.3), [q, k, v], torch.bfloat16, "aten", backward=False)
-    assert set(paths) == {"_fwd_fused"}
+    assert set(paths) == {fused_path}
 
 
 @on_cpu
@@ -85,21 +91,19 @@ def test_attention_that_cannot_be_fused_is_not(what, paths):
 
 
 @on_cpu
-@fuses
-def test_each_head_goes_its_own_way(paths):
+def test_each_head_goes_its_own_way(fused_path, paths):
     q, k, v = inputs(1, 2, 520, 600, 40)
     q[:, :, 1] *= 10
     harness.compare(fused(), eager(), [q, k, v], torch.bfloat16, "aten", backward=False)
-    assert paths == ["_fwd_fused", "_fwd_plain"]
+    assert paths == [fused_path, "_fwd_plain"]
 
 
 @on_cpu
-@fuses
-def test_log_sum_exp_of_fused_attention(paths):
+def test_log_sum_exp_of_fused_attention(fused_path, paths):
     q, k, v = (t.bfloat16() for t in inputs(2, 3, 520, 530, 40))
     with cnkernels.backend("aten"):
         _, lse = torch.ops.cnkernels.attention(q, k, v, 0.2)
-    assert set(paths) == {"_fwd_fused"}
+    assert set(paths) == {fused_path}
     exact = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()).mul(0.2).logsumexp(-1)
     # The exponentials that are summed are rounded to bfloat16.
     torch.testing.assert_close(lse.double(), exact, rtol=0, atol=2**-9)
@@ -170,8 +174,9 @@ def test_geglu_in_several_slabs(dtype, monkeypatch):
         harness.compare(cnkernels.geglu, twin, [randn(5, 7, 2 * 30)], dtype, "aten", arrange=arrange)
 
 
-def test_a_cpu_without_onednn_is_served(monkeypatch):
-    monkeypatch.setattr(onednn, "_dtypes", frozenset)
+@pytest.mark.parametrize("served", [(), (torch.float32,)], ids=["no-onednn", "no-bfloat16-products"])
+def test_a_cpu_without_products_of_a_dtype_is_served(served, monkeypatch):
+    monkeypatch.setattr(onednn, "_dtypes", lambda: frozenset(served))
 
     def twin(x, weight, bias, residual):
         return F.conv2d(x, weight, bias) + residual

@@ -137,7 +137,9 @@ def _product_flops(x: tuple, weight: tuple, *_: Any, **__: Any) -> int:
     return 2 * samples * height * width * weight[0] * weight[1]
 
 
-def _linear_flops(x: tuple, weight: tuple, *_: Any, **__: Any) -> int:
+def _linear_flops(x: tuple, second: tuple, third: tuple | None = None, *_: Any, **__: Any) -> int:
+    """x, weight, bias; or x, residual, weight, of the variant that adds one."""
+    weight = third if third is not None and len(third) == 2 else second
     return 2 * math.prod(x) * weight[0]
 
 

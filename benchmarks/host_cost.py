@@ -13,24 +13,32 @@ Times are CPU time of one thread. Providers take turns, and a ratio is the media
 """
 
 import argparse
+import collections
 import gc
 import importlib.util
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import cnkernels
 from benchmarks import jobs, stub_gpu
+from controlnet.model.controlnet import ControlNet
 
 DTYPE = torch.float16
+CALLS = 16  # of an op in one backward pass, as there are many of each in a step
+SILUS = 100
 PARTS = ("ops", "steps", "kernels")
 Call = Callable[[], Any]
 
@@ -64,33 +72,21 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def _op_inputs(grad: bool) -> dict[str, Tensor]:
-    def new(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
-        return torch.randn(shape).to(dtype).requires_grad_(grad)
-
-    return {
-        "q": new(2, 64, 8, 8),
-        "x": new(2, 32, 8, 8),
-        "norm": new(32),
-        "addend": new(2, 32),
-        "conv": new(32, 32, 1, 1),
-        "bias": new(32),
-        "residual": new(2, 32, 8, 8),
-        "packed": new(2, 64, 64),
-    }
-
-
 def op_calls(grad: bool) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
-    """Op -> (our call, what it replaces)."""
-    t = _op_inputs(grad)
-    q, x, norm, addend, conv, bias = t["q"], t["x"], t["norm"], t["addend"], t["conv"], t["bias"]
-    residual, packed = t["residual"], t["packed"]
+    """Op -> (our call, what it replaces), of tensors that are leaves of autograd's graph if `grad`."""
+
+    def new(*shape: int) -> Tensor:
+        return torch.randn(shape).to(DTYPE).requires_grad_(grad)
+
+    q, k, v = (new(1, 16, 2, 8) for _ in range(3))
+    x, residual, conv, bias = new(1, 32, 4, 4), new(1, 32, 4, 4), new(32, 32, 1, 1), new(32)
+    norm, norm_bias, addend, packed = new(32), new(32), new(1, 32), new(1, 16, 64)
 
     def sdpa() -> Tensor:
-        return F.scaled_dot_product_attention(*(q.transpose(1, 2) for _ in range(3))).transpose(1, 2)
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
     def norm_silu() -> Tensor:
-        return F.silu(F.group_norm(x + addend[:, :, None, None], 8, norm, norm))
+        return F.silu(F.group_norm(x + addend[:, :, None, None], 8, norm, norm_bias))
 
     def conv_add() -> Tensor:
         return residual + F.conv2d(x, conv, bias) * 0.5
@@ -101,8 +97,8 @@ def op_calls(grad: bool) -> dict[str, tuple[Callable[[], Tensor], Callable[[], T
 
     layers = 13
     return {
-        "attention": (lambda: cnkernels.attention(q, q, q), sdpa),
-        "group_norm_silu": (lambda: cnkernels.group_norm_silu(x, 8, norm, norm, 1e-5, "silu", addend), norm_silu),
+        "attention": (lambda: cnkernels.attention(q, k, v), sdpa),
+        "group_norm_silu": (lambda: cnkernels.group_norm_silu(x, 8, norm, norm_bias, 1e-5, "silu", addend), norm_silu),
         "zero_conv_add": (lambda: cnkernels.zero_conv_add(x, conv, bias, residual, 0.5), conv_add),
         f"zero_conv_add_group, {layers} layers": (
             lambda: cnkernels.zero_conv_add_group(
@@ -114,25 +110,33 @@ def op_calls(grad: bool) -> dict[str, tuple[Callable[[], Tensor], Callable[[], T
     }
 
 
-def _backward(call: Callable[[], Tensor]) -> Call:
-    """Forward and backward, with gradients that nothing accumulates."""
-    out = call()
-    outs = list(out) if isinstance(out, (list, tuple)) else [out]
-    upstream = [torch.ones_like(o) for o in outs]
-    inputs: list[Tensor] = []
-    seen = [o.grad_fn for o in outs]
-    while seen:  # the leaves of the graph
-        node = seen.pop()
-        if hasattr(node, "variable"):
-            inputs.append(node.variable)
-        seen += [parent for parent, _ in node.next_functions if parent is not None]
-    leaves = list({id(leaf): leaf for leaf in inputs}.values())
+def _backward(op: str, side: int) -> Call:
+    """CALLS forward calls, each of leaves of its own, and one backward pass through them all."""
+    calls = [op_calls(True)[op][side] for _ in range(CALLS)]
+    outs = [t for call in calls for t in _as_list(call())]
+    upstream = tuple(torch.ones_like(out) for out in outs)
+    leaves = tuple({id(leaf): leaf for out in outs for leaf in _leaves(out)}.values())
 
     def run() -> None:
-        out = call()
-        torch.autograd.grad(list(out) if isinstance(out, (list, tuple)) else [out], leaves, upstream)
+        outs = tuple(t for call in calls for t in _as_list(call()))
+        # As torch.autograd.grad, without the checks of its arguments.
+        Variable._execution_engine.run_backward(outs, upstream, False, False, leaves, False, accumulate_grad=False)
 
     return run
+
+
+def _as_list(made: Tensor | list[Tensor]) -> list[Tensor]:
+    return made if isinstance(made, list) else [made]
+
+
+def _leaves(out: Tensor) -> list[Tensor]:
+    found, nodes = [], [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        nodes += [parent for parent, _ in node.next_functions if parent is not None]
+    return found
 
 
 def ops(times: int, turns: int) -> list[dict[str, Any]]:
@@ -140,20 +144,23 @@ def ops(times: int, turns: int) -> list[dict[str, Any]]:
     rows = []
     tiny = torch.zeros(8, dtype=DTYPE)
     for grad in (False, True):
+        each = CALLS if grad else 1
         for op, (ours, replaced) in op_calls(grad).items():
-            calls = {"ours": ours, "replaced": replaced, "silu": lambda: F.silu(tiny)}
+            calls = {"ours": ours, "replaced": replaced}
             if grad:
-                calls |= {"ours": _backward(ours), "replaced": _backward(replaced)}
+                calls = {"ours": _backward(op, 0), "replaced": _backward(op, 1)}
+            calls["silu"] = lambda: [F.silu(tiny) for _ in range(SILUS)]
             with torch.set_grad_enabled(grad):
                 seconds = measure(calls, times, turns)
+            ours, replaced = ([t / each for t in seconds[name]] for name in ("ours", "replaced"))
             rows.append(
                 {
                     "op": op,
                     "gradients": grad,
-                    "us": 1e6 * statistics.median(seconds["ours"]),
-                    "replaced_us": 1e6 * statistics.median(seconds["replaced"]),
-                    "silu": ratio(seconds["ours"], seconds["silu"]),
-                    "ratio": ratio(seconds["ours"], seconds["replaced"]),
+                    "us": 1e6 * statistics.median(ours),
+                    "replaced_us": 1e6 * statistics.median(replaced),
+                    "silu": ratio(ours, [t / SILUS for t in seconds["silu"]]),
+                    "ratio": ratio(ours, replaced),
                 }
             )
     return rows
@@ -203,6 +210,23 @@ def _training(forward: Callable[[], Tensor], parameters: list[nn.Parameter]) -> 
     return run
 
 
+@contextmanager
+def hints_given() -> Iterator[None]:
+    """Inside the block no hint is embedded, on either side: at 8 x 8 times the pixels it is nothing but arithmetic."""
+
+    def embedded(network: nn.Module, hint: Tensor) -> Tensor:
+        n, _, height, width = hint.shape
+        return hint.new_empty(n, jobs.TINY["model_channels"], height // 8, width // 8)
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(ControlNet, "encode_hint", embedded))
+        if importlib.util.find_spec("diffusers") is not None:
+            from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
+
+            stack.enter_context(mock.patch.object(ControlNetConditioningEmbedding, "forward", embedded))
+        yield
+
+
 def step_calls(training: bool) -> dict[str, Call]:
     providers = {"ours": (jobs._denoise_ours, "eager")}
     if importlib.util.find_spec("diffusers") is not None:
@@ -224,8 +248,8 @@ def steps(turns: int) -> list[dict[str, Any]]:
     """Rows {step, provider, ms, ratio to diffusers}."""
     rows = []
     for training in (False, True):
-        calls = step_calls(training)
-        with stub_gpu.no_arithmetic():
+        with stub_gpu.no_arithmetic(), hints_given():
+            calls = step_calls(training)
             seconds = measure(calls, 1, turns)
         for name, measured in seconds.items():
             row = {"step": "training" if training else "denoise", "provider": name}
@@ -237,49 +261,72 @@ def steps(turns: int) -> list[dict[str, Any]]:
 
 
 class _AllocateOnly(TorchDispatchMode):
-    """PyTorch's own kernels of any size: those that write new tensors only allocate them."""
+    """PyTorch's own operations of any size: what they would compute is only allocated."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        makes_new = all(r.alias_info is None for r in func._schema.returns) and func._schema.returns
-        if func.namespace != "aten" or not makes_new or func._schema.name in _REAL:
+        if func.namespace != "aten" or torch.Tag.inplace_view in func.tags or func.is_view:
             return func(*args, **kwargs)
-
-        def meta(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return (
-                    value.to("meta")
-                    if value.dim() == 0
-                    else torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-                )
-            if isinstance(value, (list, tuple)):
-                return type(value)(map(meta, value))
-            return torch.device("meta") if isinstance(value, torch.device) else value
-
-        made = func(*map(meta, args), **{key: meta(value) for key, value in kwargs.items()})
-        return torch.utils._pytree.tree_map_only(
-            Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu"), made
+        written = [a for a, s in zip(args, func._schema.arguments, strict=False) if s.alias_info is not None]
+        if written or "out" in kwargs:
+            return written[0] if written else kwargs["out"]
+        made = func(
+            *tree_map_only(Tensor, _on_meta, args), **{**tree_map_only(Tensor, _on_meta, kwargs), **_device(func)}
         )
+        return tree_map_only(Tensor, _like, made)
 
 
-_REAL = frozenset({"aten::_local_scalar_dense", "aten::empty.memory_format", "aten::item", "aten::lift_fresh_copy"})
+def _device(func: object) -> dict[str, torch.device]:
+    """Where operations that make a tensor of nothing must make it."""
+    return {"device": torch.device("meta")} if any(a.name == "device" for a in func._schema.arguments) else {}
 
 
-def _sd15(batch: int, side: int, training: bool) -> Callable[[], list[str]]:
-    """A step of our model in SD 1.5's size; gives the names of the kernels that it compiles."""
-    with torch.device("meta"):
+def _on_meta(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+def _like(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
+
+
+class FirstSteps:
+    """Steps of our model in SD 1.5's size, whose arithmetic is left out, and the kernels that each compiles."""
+
+    def __init__(self, training: bool, compiled: list):
+        self.training, self.compiled = training, compiled
         model = jobs.controlled_unet(torch.device("meta"), jobs.SD15).to(DTYPE)
-    model = model.to_empty(device="cpu").to(memory_format=torch.channels_last)
-    return model
+        model.to_empty(device="cpu").to(memory_format=torch.channels_last)
+        self.model = model if training else model.requires_grad_(False).eval()
+
+    def step(self, batch: int, side: int) -> int:
+        """Kernels that a step compiles which no step before it has."""
+        before = len(self.compiled)
+        x = torch.empty(batch, 4, side, side, dtype=DTYPE).contiguous(memory_format=torch.channels_last)
+        hint = torch.empty(batch, 3, 8 * side, 8 * side, dtype=DTYPE)
+        context, t = torch.empty(batch, 77, jobs.SD15["context_dim"], dtype=DTYPE), torch.zeros(batch, dtype=torch.long)
+        with torch.set_grad_enabled(self.training), _AllocateOnly():
+            out = self.model(x, t, context, hint=hint)
+            if self.training:
+                out.backward(torch.empty_like(out))
+        return len(self.compiled) - before
+
+
+FIRST_STEPS = {False: [(2, 64), (4, 64), (2, 80)], True: [(4, 64), (16, 64)]}  # batch, side of the latents
 
 
 def kernels(arch: int) -> list[dict[str, Any]]:
-    """Rows {step, kernels}: how many a step compiles after the steps before it."""
+    """Rows {step, kernels}: how many kernels a step compiles that no step before it has."""
     rows = []
-    compiled: list = []
-    for training in (False, True):
-        with stub_gpu.installed(arch, compiled), torch.device("meta"):
-            pass
+    for training, sizes in FIRST_STEPS.items():
+        compiled: list = []
+        with stub_gpu.installed(arch, compiled):
+            stub_gpu.forget_kernels()
+            steps = FirstSteps(training, compiled)
+            for batch, side in sizes:
+                name = f"{'training' if training else 'denoise'} step, batch {batch}, {8 * side}x{8 * side}"
+                rows.append({"step": name, "kernels": steps.step(batch, side)})
+            names = collections.Counter(name for name, _ in compiled)
+            rows[-1]["by_kernel"] = dict(names)
     return rows
 
 

@@ -1,7 +1,7 @@
 """A Triton kernel with everything but its tensors, made by a rule: to be launched at little cost, or compiled ahead."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from cnkernels.aot_case import AotCase, case_of
+
+_KNOWN_LAUNCHERS = ("3.6", "3.7")  # versions of Triton whose CompiledKernel.run takes what `_without_hooks` gives
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,41 @@ class BoundLaunch:
             self._run(*self._pick(operands), *self._rest)
 
 
-def _launcher_of(compiled: object, grid: tuple[int, ...]):
+def _launcher_of(compiled: object, grid: tuple[int, ...]) -> Callable | None:
     """What launches a compiled kernel given all its arguments, constants too; None where Triton has no such thing."""
     if not hasattr(type(compiled), "__getitem__"):  # None in the interpreter
         return None
-    launcher = compiled[(*grid, 1, 1)[:3]]
-    takes_any = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(launcher).parameters.values())
-    return launcher if takes_any else None
+    grid = (*grid, 1, 1)[:3]
+    launcher = compiled[grid]
+    if not any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(launcher).parameters.values()):
+        return None
+    return _without_hooks(compiled, grid, launcher) if _triton_version() in _KNOWN_LAUNCHERS else launcher
+
+
+def _without_hooks(compiled: object, grid: tuple[int, int, int], launcher: Callable) -> Callable:
+    """`launcher` as Triton has it, but for what it prepares at every call for hooks that nobody has set."""
+    from triton import knobs
+    from triton.runtime.driver import driver
+
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    device, stream_of, (x, y, z) = driver.active.get_current_device(), driver.active.get_current_stream, grid
+
+    def launch(*arguments: object) -> None:
+        if (
+            runtime.launch_enter_hook is enter
+            and runtime.launch_exit_hook is leave
+            and not (enter.calls or leave.calls)
+        ):
+            run(x, y, z, stream_of(device), function, metadata, None, None, None, *arguments)
+        else:
+            launcher(*arguments)
+
+    return launch
+
+
+def _triton_version() -> str:
+    from triton import __version__
+
+    return ".".join(__version__.split(".")[:2])

@@ -1,7 +1,27 @@
 """Memory formats: the two that every op serves without a copy, and the one copy that others get."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+
+
+def allocator(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Callable[[], Tensor]:
+    """What makes such a tensor, its strides worked out once: torch.empty takes twice as long."""
+    inner_first = (1, 3, 2, 0) if memory_format is torch.channels_last else reversed(range(len(shape)))
+    shape, strides, step = tuple(shape), [0] * len(shape), 1
+    for dimension in inner_first:
+        strides[dimension], step = step, step * max(shape[dimension], 1)
+    return lambda: torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
+def memory_format_of(dense: Tensor) -> torch.memory_format:
+    return torch.channels_last if is_channels_last(dense) else torch.contiguous_format
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -16,7 +36,7 @@ def dense(x: Tensor) -> Tensor:
 
 def match(x: Tensor, like: Tensor) -> Tensor:
     """`x` in the memory format of the dense tensor `like` of the same shape; copied only if it differs."""
-    return x.contiguous(memory_format=torch.channels_last if is_channels_last(like) else torch.contiguous_format)
+    return x.contiguous(memory_format=memory_format_of(like))
 
 
 def adjacent(t: Tensor) -> Tensor:

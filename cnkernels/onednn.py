@@ -32,7 +32,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """residual + linear(x), the residual [..., N] added to the float32 accumulators; where `serves(x)`."""
+    _let_fake_tensors_through()
     return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+
+
+@functools.cache
+def _let_fake_tensors_through() -> None:
+    """PyTorch gives the other variant of this operation a kernel for fake tensors, but not this one."""
+    name = "mkldnn::_linear_pointwise.binary"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta"):
+        torch.library.register_fake(name, lambda x, residual, *_: torch.empty_like(residual), allow_override=True)
 
 
 def linear_sigmoid(x: Tensor, weight: Tensor) -> Tensor:

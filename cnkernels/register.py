@@ -80,12 +80,33 @@ def spread(gradients: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor | N
     return [next(remaining) if wanted else None for wanted in need]
 
 
-def eager_function(
-    name: str, forward: Callable, setup_context: Callable, autograd: Callable
-) -> type[torch.autograd.Function]:
-    """The autograd of an op without torch.library, which costs several times as much: of the very same functions."""
-    functions = {"forward": forward, "setup_context": setup_context, "backward": autograd}
-    return type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in functions.items()})
+class EagerFunction(torch.autograd.Function):
+    """The autograd of an op for calls that go straight to its plan; torch.library's costs several times as much.
+
+    A subclass has `compute`, the op without gradients; `keep(ctx, inputs, output)`, which saves what backward needs;
+    and `differentiate(ctx, gradient)`. Of several results the first alone is returned and has a gradient.
+    """
+
+    @classmethod
+    def record(cls, *inputs: object):
+        """`apply` without its care for function transforms, under which no call goes straight."""
+        return super(torch.autograd.Function, cls).apply(*inputs)
+
+    @classmethod
+    def forward(cls, ctx, *inputs: object) -> Tensor:
+        output = cls.compute(*inputs)
+        ctx.set_materialize_grads(False)
+        cls.keep(ctx, inputs, output)
+        return output[0] if isinstance(output, tuple) else output
+
+    @classmethod
+    def backward(cls, ctx, gradient: Tensor | None):
+        return cls.differentiate(ctx, gradient)
+
+
+def eager_function(name: str, compute: Callable, keep: Callable, differentiate: Callable) -> type[EagerFunction]:
+    functions = {"compute": compute, "keep": keep, "differentiate": differentiate}
+    return type(name, (EagerFunction,), {key: staticmethod(value) for key, value in functions.items()})
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -36,5 +36,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     if type(scale) is not float or not plans.straight(q, k, v):
         return torch.ops.cnkernels.attention(q, k, v, scale)[0]
     if plans.recorded(q, k, v):
-        return registration.Eager.apply(q, k, v, scale)[0]
+        return registration.Eager.record(q, k, v, scale)
     return registration.forward(q, k, v, scale)[0]

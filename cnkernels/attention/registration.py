@@ -87,26 +87,29 @@ def _fake_backward(dout, q, k, v, out, lse, scale, need):
 
 def _gradients(dout, q, k, v, out, lse, scale, need):
     tensors = (dout, q, k, v, out, lse)
-    if plans.straight(*tensors) and not plans.recorded(*tensors):
+    if plans.straight(dout) and not plans.recorded(*tensors):
         return backward(*tensors, scale, need)
     return register.spread(torch.ops.cnkernels.attention_backward(*tensors, scale, list(need)), need)
 
 
-def _setup_context(ctx, inputs, output):
+def _keep(ctx, inputs, output):
     q, k, v, ctx.scale = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, out, lse)
+    _keep(ctx, inputs, output)
 
 
-def _autograd(ctx, dout, dlse):
+def _autograd(ctx, dout, _=None):
     if dout is None:
         return None, None, None, None
     return *_gradients(dout, *ctx.saved_tensors, ctx.scale, tuple(ctx.needs_input_grad[:3])), None
 
 
-Eager = register.eager_function("Attention", forward, _setup_context, _autograd)
+Eager = register.eager_function("Attention", forward, _keep, _autograd)
 
 register.op(
     _NAME,

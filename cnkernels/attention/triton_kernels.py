@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from cnkernels import layout
 from cnkernels.aot_case import AotCase
 from cnkernels.attention import reference
 from cnkernels.attention.triton_backward import Call, key_launches, query_launch, sum_launch
@@ -44,16 +45,16 @@ def attention_fwd_plan(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callabl
     if scale < 0:  # row maxima are taken before scaling
         positive = attention_fwd_plan(-q, k, v, -scale)
         return lambda q, k, v, scale: positive(-q, k, v, -scale)
-    batch, queries, heads, _ = shape = q.shape
-    lse_shape, dtype, device = (batch, heads, queries), q.dtype, q.device
+    batch, queries, heads, _ = q.shape
+    new_out = layout.allocator(q.shape, q.dtype, q.device)
+    new_lse = layout.allocator((batch, heads, queries), torch.float32, q.device)
     unit = alignment(q, k, v)
     strides = named_strides(unit, q=q, k=k, v=v)
-    launch = forward_launch(shape, k.shape[1], q.element_size(), compute_capability(q), unit, strides)
-    launch = launch.bind(device, _FORWARD)
+    launch = forward_launch(q.shape, k.shape[1], q.element_size(), compute_capability(q), unit, strides)
+    launch = launch.bind(q.device, _FORWARD)
 
     def run(q, k, v, scale):
-        out = torch.empty(shape, dtype=dtype, device=device)
-        lse = torch.empty(lse_shape, dtype=torch.float32, device=device)
+        out, lse = new_out(), new_lse()
         launch((q, k, v, out, lse, scale * _LOG2E))
         return out, lse
 
@@ -95,26 +96,23 @@ def attention_bwd_plan(dout, q, k, v, out, lse, scale, need) -> Callable:
     if need_q or need_k or exact:
         launches.insert(0, query_launch(call, need_q))
     launches = [launch.bind(device, _BACKWARD) for launch in launches]
-    query_shape, key_shape = q.shape, k.shape
-    partial = (key_shape, dtype) if parts == 1 else ((parts, *key_shape), torch.float32)
+    new_query, new_key = (layout.allocator(t.shape, dtype, device) for t in (q, k))
+    new_parts = new_key if parts == 1 else layout.allocator((parts, *k.shape), torch.float32, device)
     add = None if parts == 1 else sum_launch(k.numel(), parts).bind(device, ("parts_ptr", "sum_ptr"))
-
-    def new(shape, dtype):
-        return torch.empty(shape, dtype=dtype, device=device)
 
     def summed(gradient):
         if gradient is None or add is None:
             return gradient
-        total = new(key_shape, dtype)
+        total = new_key()
         add((gradient, total))
         return total
 
     def run(dout, q, k, v, out, lse, scale, need):
         delta = torch.empty_like(lse)
         norm = torch.empty_like(lse) if exact else delta
-        dq = new(query_shape, dtype) if need_q else None
-        dk = new(*partial) if need_k else None
-        dv = new(*partial) if need_v else None
+        dq = new_query() if need_q else None
+        dk = new_parts() if need_k else None
+        dv = new_parts() if need_v else None
         operands = (dout, q, k, v, lse, delta, norm, out, dq, dk, dv, scale)
         for launch in launches:
             launch(operands)

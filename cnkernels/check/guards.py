@@ -9,12 +9,12 @@ from torch import Tensor
 
 MARGIN = 1 << 18  # bytes on either side
 SENTINEL = 42
-_empty, _empty_like = torch.empty, torch.empty_like  # PyTorch's own, inside a block as well
+_empty, _empty_like, _empty_strided = torch.empty, torch.empty_like, torch.empty_strided  # PyTorch's own
 
 
 @contextmanager
 def guarded() -> Iterator[list[str]]:
-    """Inside the block, torch.empty and torch.empty_like return tensors in the middle of a larger buffer, full of NaN.
+    """Inside the block, torch.empty, empty_like and empty_strided return tensors inside a larger buffer, full of NaN.
 
     Yields:
         A list that holds, once the block is left, one line for each allocation around which something was written.
@@ -23,7 +23,7 @@ def guarded() -> Iterator[list[str]]:
     faults: list[str] = []
 
     def inside(shape, strides, dtype: torch.dtype, device) -> Tensor:
-        size = _empty(shape, dtype=dtype, device="meta").numel() * dtype.itemsize
+        size = _empty_strided(shape, strides, dtype=dtype, device="meta").numel() * dtype.itemsize
         buffer = torch.full((size + 2 * MARGIN,), SENTINEL, dtype=torch.uint8, device=device)
         buffers.append((buffer, size))
         tensor = buffer[MARGIN : MARGIN + size].view(dtype).as_strided(shape, strides)
@@ -37,7 +37,14 @@ def guarded() -> Iterator[list[str]]:
     def empty_like(t: Tensor, *, dtype=None, device=None, **_) -> Tensor:
         return inside(t.shape, _empty_like(t, device="meta").stride(), dtype or t.dtype, device or t.device)
 
-    with mock.patch.object(torch, "empty", empty), mock.patch.object(torch, "empty_like", empty_like):
+    def empty_strided(shape, strides, *, dtype=None, device=None) -> Tensor:
+        return inside(shape, strides, dtype or torch.get_default_dtype(), device)
+
+    with (
+        mock.patch.object(torch, "empty", empty),
+        mock.patch.object(torch, "empty_like", empty_like),
+        mock.patch.object(torch, "empty_strided", empty_strided),
+    ):
         yield faults
     for buffer, size in buffers:
         margins = torch.cat((buffer[:MARGIN], buffer[MARGIN + size :]))

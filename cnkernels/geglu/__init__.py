@@ -29,4 +29,4 @@ def geglu(projected: Tensor) -> Tensor:
     """
     if not plans.straight(projected):
         return torch.ops.cnkernels.geglu(projected)
-    return registration.Eager.apply(projected) if plans.recorded(projected) else registration.forward(projected)
+    return registration.Eager.record(projected) if plans.recorded(projected) else registration.forward(projected)

@@ -65,20 +65,27 @@ def call(projected: Tensor) -> Tensor:
 
 
 def gradient(dout: Tensor, projected: Tensor) -> Tensor:
-    if plans.straight(dout, projected) and not plans.recorded(dout, projected):
+    if plans.straight(dout) and not plans.recorded(dout, projected):
         return backward(dout, projected)
     return torch.ops.cnkernels.geglu_backward(dout, projected)
 
 
-def _setup_context(ctx, inputs, output):
+def _keep(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    _keep(ctx, inputs, output)
+
+
 def _autograd(ctx, dout):
+    if dout is None:
+        return None
     return gradient(dout, *ctx.saved_tensors)
 
 
-Eager = register.eager_function("GEGLU", forward, _setup_context, _autograd)
+Eager = register.eager_function("GEGLU", forward, _keep, _autograd)
 
 register.op(
     _NAME, "(Tensor projected) -> Tensor", forward, fake_forward, setup_context=_setup_context, autograd=_autograd

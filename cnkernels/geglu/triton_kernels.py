@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cnkernels import layout
 from cnkernels.aot_case import AotCase
 from cnkernels.geglu.triton_backward import backward_launch
 from cnkernels.geglu.triton_common import row_matrix
@@ -20,13 +21,13 @@ def geglu_fwd(projected: Tensor) -> Tensor:
 
 def geglu_fwd_plan(projected: Tensor) -> Callable[[Tensor], Tensor]:
     """What runs geglu_fwd for a tensor like this."""
-    shape = (*projected.shape[:-1], projected.shape[-1] // 2)
-    dtype, device, rows = projected.dtype, projected.device, row_matrix(projected)
+    device, rows = projected.device, row_matrix(projected)
+    new = layout.allocator((*projected.shape[:-1], projected.shape[-1] // 2), projected.dtype, device)
     launch = forward_launch(rows).bind(device, _FORWARD) if rows.numel() else None
     in_place = rows.data_ptr() == projected.data_ptr()
 
     def run(projected):
-        out = torch.empty(shape, dtype=dtype, device=device)
+        out = new()
         if launch is not None:
             launch((projected if in_place else row_matrix(projected), out))
         return out
@@ -40,12 +41,13 @@ def geglu_bwd(dout: Tensor, projected: Tensor) -> Tensor:
 
 def geglu_bwd_plan(dout: Tensor, projected: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """What runs geglu_bwd for tensors like these."""
-    shape, dtype, device = projected.shape, projected.dtype, projected.device
+    device = projected.device
+    new = layout.allocator(projected.shape, projected.dtype, device)
     launch = backward_launch(row_matrix(dout), row_matrix(projected)).bind(device, _BACKWARD) if dout.numel() else None
     in_place = all(row_matrix(t).data_ptr() == t.data_ptr() for t in (dout, projected))
 
     def run(dout, projected):
-        dprojected = torch.empty(shape, dtype=dtype, device=device)
+        dprojected = new()
         if launch is not None:
             given = (dout, projected) if in_place else (row_matrix(dout), row_matrix(projected))
             launch((*given, dprojected))

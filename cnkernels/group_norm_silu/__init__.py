@@ -46,5 +46,5 @@ def group_norm_silu(
     if not (plain and plans.straight(x, weight, bias, addend)):
         return torch.ops.cnkernels.group_norm_silu(x, groups, weight, bias, eps, activation, addend)[0]
     if plans.recorded(x, weight, bias, addend):
-        return registration.Eager.apply(x, groups, weight, bias, eps, activation, addend)[0]
+        return registration.Eager.record(x, groups, weight, bias, eps, activation, addend)
     return registration.forward(x, groups, weight, bias, eps, activation, addend)[0]

@@ -113,7 +113,7 @@ def call(x, groups, weight, bias, eps, activation, addend) -> tuple[Tensor, Tens
 def gradients(dy, x, groups, weight, bias, mean, rstd, activation, addend, need: tuple[bool, bool, bool, bool]):
     """(dx, dweight, dbias, daddend), None where not needed."""
     tensors = (dy, x, weight, bias, mean, rstd, addend)
-    if plans.straight(*tensors) and not plans.recorded(*tensors):
+    if plans.straight(dy) and not plans.recorded(*tensors):
         return backward(dy, x, groups, weight, bias, mean, rstd, activation, addend, need)
     packed = torch.ops.cnkernels.group_norm_silu_backward(
         dy, x, groups, weight, bias, mean, rstd, activation, addend, list(need)
@@ -121,15 +121,18 @@ def gradients(dy, x, groups, weight, bias, mean, rstd, activation, addend, need:
     return register.spread(packed, need)
 
 
-def _setup_context(ctx, inputs, output):
+def _keep(ctx, inputs, output):
     x, ctx.groups, weight, bias, _, ctx.activation, addend = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, weight, bias, addend, *output[1:])
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, addend, mean, rstd)
+    _keep(ctx, inputs, output)
 
 
-def _autograd(ctx, dy, dmean, drstd):
+def _autograd(ctx, dy, *_):
     if dy is None:
         return (None,) * 7
     x, weight, bias, addend, mean, rstd = ctx.saved_tensors
@@ -139,7 +142,7 @@ def _autograd(ctx, dy, dmean, drstd):
     return dx, None, dweight, dbias, None, None, daddend
 
 
-Eager = register.eager_function("GroupNormSiLU", forward, _setup_context, _autograd)
+Eager = register.eager_function("GroupNormSiLU", forward, _keep, _autograd)
 
 register.op(
     _NAME,

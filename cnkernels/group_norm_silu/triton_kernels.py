@@ -40,14 +40,15 @@ def group_norm_silu_fwd_plan(x, groups, weight, bias, eps, activation, addend) -
     launches, partials = forward_launches(
         batch, channels, spatial, groups, x.element_size(), layout.is_channels_last(x), activation == "silu"
     )
-    device, statistics, workspace = x.device, (batch, groups), (3, batch * groups, partials)
-    first, *second = (launch.bind(device, _FORWARD) for launch in launches)
+    new_statistics = layout.allocator((batch, groups), torch.float32, x.device)
+    new_workspace = layout.allocator((3, batch * groups, partials), torch.float32, x.device)
+    first, *second = (launch.bind(x.device, _FORWARD) for launch in launches)
 
     def run(x, groups, weight, bias, eps, activation, addend):
         y = torch.empty_like(x)
-        mean = torch.empty(statistics, dtype=torch.float32, device=device)
+        mean = new_statistics()
         rstd = torch.empty_like(mean)
-        partial = torch.empty(workspace, dtype=torch.float32, device=device) if second else None
+        partial = new_workspace() if second else None
         operands = (x, weight, bias, addend, partial, y, mean, rstd, eps)
         first(operands)
         for launch in second:
@@ -84,9 +85,9 @@ def group_norm_silu_bwd_plan(dy, x, groups, weight, bias, mean, rstd, activation
     need_parameters = need_dweight or need_dbias or need_daddend
     wanted = (sums, dx if need_dx else None, parameters if need_parameters else None)
     launches = [launch.bind(x.device, _BACKWARD) for launch in wanted if launch is not None]
-    scratch = {"dtype": torch.float32, "device": x.device}
     matches = layout.match(dy, x) is dy
-    group_sums, channel_sums = (2, batch * groups, partials), (3, batch * channels * parts)
+    new_group_sums = layout.allocator((2, batch * groups, partials), torch.float32, x.device)
+    new_channel_sums = layout.allocator((3, batch * channels * parts), torch.float32, x.device)
 
     def run(dy, x, groups, weight, bias, mean, rstd, activation, addend, need):
         dx = torch.empty_like(x) if need_dx else None
@@ -95,8 +96,7 @@ def group_norm_silu_bwd_plan(dy, x, groups, weight, bias, mean, rstd, activation
         daddend = torch.empty_like(addend) if need_daddend else None
         operands = (
             dy if matches else layout.match(dy, x), x, weight, bias, addend, mean, rstd, dx,
-            torch.empty(group_sums, **scratch),
-            torch.empty(channel_sums, **scratch) if need_parameters else None,
+            new_group_sums(), new_channel_sums() if need_parameters else None,
             dweight, dbias, daddend,
         )  # fmt: skip
         for launch in launches:

@@ -54,7 +54,7 @@ def zero_conv_add(
         if not straight:
             return torch.ops.cnkernels.zero_conv_add(*given, factor)
         recorded = plans.recorded(*given)
-        return registration.Eager.apply(*given, factor) if recorded else registration.forward(*given, factor)
+        return registration.Eager.record(*given, factor) if recorded else registration.forward(*given, factor)
     registration.expect_no_gradient("zero_conv_add", "out", *given)
     if straight:
         registration.forward_out(*given, factor, out)

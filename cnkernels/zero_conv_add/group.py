@@ -239,8 +239,7 @@ def _backward_of(rows: Sequence[tuple]) -> list[tuple[Tensor | None, ...]]:
     """`backward`, as the registered op where something looks on."""
     if not rows:
         return []
-    tensors = [t for row in rows for t in row[:5]]
-    if plans.straight(*tensors) and not plans.recorded(*tensors):
+    if plans.straight(*(row[0] for row in rows)) and not plans.recorded(*(t for row in rows for t in row[:5])):
         return backward(rows)
     *columns, factors, channels_last, needs = zip(*rows, strict=True)
     lists, given = pack(columns)

@@ -66,7 +66,7 @@ def out_shape(x: Tensor, weight: Tensor) -> tuple[int, ...]:
 
 def new_out(x: Tensor, weight: Tensor) -> Tensor:
     """An empty output in x's memory format."""
-    fmt = torch.channels_last if layout.is_channels_last(layout.dense(x)) else torch.contiguous_format
+    fmt = layout.memory_format_of(layout.dense(x))
     return torch.empty(out_shape(x, weight), dtype=x.dtype, device=x.device, memory_format=fmt)
 
 
@@ -112,10 +112,8 @@ def plan_out(x: Tensor, weight: Tensor) -> tuple[Callable[[Tensor], Tensor], Ten
     like = new_out(x, weight)
     if like.shape == x.shape and like.stride() == x.stride():
         return torch.empty_like, like  # the cheapest way
-    shape, dtype, device = like.shape, like.dtype, like.device
-    channels_last = layout.is_channels_last(layout.dense(x))
-    fmt = torch.channels_last if channels_last else torch.contiguous_format
-    return lambda x: torch.empty(shape, dtype=dtype, device=device, memory_format=fmt), like
+    new = layout.allocator(like.shape, like.dtype, like.device, layout.memory_format_of(layout.dense(x)))
+    return lambda x: new(), like
 
 
 def plan_into(x, weight, bias, residual, scale, factor, out, kernels: ModuleType | None = None) -> Callable[..., None]:
@@ -237,16 +235,20 @@ def fake_backward(dout, x, weight, bias, scale, factor, channels_last, need):
 def gradients(dout, x, weight, bias, scale, factor: float, channels_last: bool, need: tuple[bool, bool, bool, bool]):
     """(dx, dweight, dbias, dscale), None where not needed."""
     tensors = (dout, x, weight, bias, scale)
-    if plans.straight(*tensors) and not plans.recorded(*tensors):
+    if plans.straight(dout) and not plans.recorded(*tensors):
         return backward(*tensors, factor, channels_last, need)
     packed = torch.ops.cnkernels.zero_conv_add_backward(*tensors, factor, channels_last, list(need))
     return register.spread(packed, need)
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    _keep(ctx, inputs, output)
+
+
+def _keep(ctx, inputs, output):
     x, weight, bias, _, scale, ctx.factor = inputs
     wanted = ctx.needs_input_grad
-    ctx.set_materialize_grads(False)
     ctx.channels_last = layout.is_channels_last(x)
     ctx.save_for_backward(x if wanted[1] or wanted[4] else None, weight, bias, scale)
 
@@ -262,7 +264,7 @@ def _autograd(ctx, dout):
     return dx, dweight, dbias, dout if wanted[3] else None, dscale, None
 
 
-Eager = register.eager_function("ZeroConvAdd", forward, _setup_context, _autograd)
+Eager = register.eager_function("ZeroConvAdd", forward, _keep, _autograd)
 
 _ARGUMENTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? scale, float factor"
 

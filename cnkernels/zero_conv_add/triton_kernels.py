@@ -69,10 +69,10 @@ def zero_conv_add_bwd_plan(dout, x, weight, bias, scale, need) -> Callable[..., 
 def _dx_plan(dout: Tensor, x: Tensor, weight: Tensor, scale: Scale) -> Callable[..., Tensor]:
     launch = product_launch(dout, weight.transpose(0, 1), None, scale, _empty(x, x.shape[1]))
     launch = launch.bind(x.device, _PRODUCT)
-    channels = x.shape[1]
+    new = layout.allocator(x.shape, x.dtype, x.device, layout.memory_format_of(x))
 
     def run(dout, x, weight, scale, factor):
-        dx = _empty(x, channels)
+        dx = new()
         launch((dout, weight, None, None, scale, dx, factor))
         return dx
 
@@ -88,33 +88,32 @@ def _dweight_plan(
     dtype, device, shapes = weight.dtype, weight.device, (weight.shape, weight.shape[:1])
     adds = [sum_launch(splits, shape.numel()).bind(device, _SUM) for shape in shapes]
 
-    def new(shape):
-        if splits == 1:
-            return torch.empty(shape, dtype=dtype, device=device)
-        return torch.empty((splits, *shape), dtype=torch.float32, device=device)
+    new = new_parts = [layout.allocator(shape, dtype, device) for shape in shapes]
+    if splits > 1:
+        new_parts = [layout.allocator((splits, *shape), torch.float32, device) for shape in shapes]
 
-    def summed(partial, shape, add):
+    def summed(partial, new, add):
         if partial is None or splits == 1:
             return partial
-        out = torch.empty(shape, dtype=dtype, device=device)
+        out = new()
         add((partial, out))
         return out
 
     def run(dout, x, scale, factor):
-        dweight = new(shapes[0]) if need_weight else None
-        dbias = new(shapes[1]) if need_bias else None
+        dweight = new_parts[0]() if need_weight else None
+        dbias = new_parts[1]() if need_bias else None
         launch((dout, x, scale, dweight, dbias, factor))
-        return summed(dweight, shapes[0], adds[0]), summed(dbias, shapes[1], adds[1])
+        return summed(dweight, new[0], adds[0]), summed(dbias, new[1], adds[1])
 
     return run
 
 
 def _dscale_plan(dout: Tensor, x: Tensor) -> Callable[..., Tensor]:
     launch, shape = dscale_launch(dout, x)
-    launch, device = launch.bind(x.device, _DSCALE), x.device
+    launch, new = launch.bind(x.device, _DSCALE), layout.allocator(shape, torch.float32, x.device)
 
     def run(dout, x, weight, bias, scale):
-        dots = torch.empty(shape, dtype=torch.float32, device=device)
+        dots = new()
         launch((x, weight, bias, dout, dots))
         return dots.sum((0, 2)) if scale.dim() else dots.sum()
 
@@ -123,9 +122,8 @@ def _dscale_plan(dout: Tensor, x: Tensor) -> Callable[..., Tensor]:
 
 def _empty(x: Tensor, channels: int) -> Tensor:
     """An empty [N, channels, H, W] in the memory format of `x`."""
-    fmt = torch.channels_last if layout.is_channels_last(x) else torch.contiguous_format
     shape = (x.shape[0], channels, *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=fmt)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout.memory_format_of(x))
 
 
 def _readable(t: Tensor) -> Tensor:

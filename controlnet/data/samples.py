@@ -227,13 +227,31 @@ def read_sample(
     Raises:
         BadSample: it cannot be decoded, or image and hint differ in size.
     """
-    hints = hints or HintReader()
-    data = _read_members(sample)
+    found = decode(_read_members(sample), formats, hints or HintReader(), resolution, notes)
+    if found is None:
+        return None
+    picture, hint, caption = found
+    placement = transform.place(picture.size, rng)
+    return Decoded(placement.image(picture), placement.hint(hint), caption, placement.time_ids(picture.size))
+
+
+def decode(
+    data: Mapping[str, bytes],
+    formats: Mapping[str, str],
+    hints: HintReader,
+    resolution: Resolution | None = None,
+    notes: list[str] | None = None,
+) -> tuple[Image.Image, np.ndarray, str] | None:
+    """The whole image in RGB, the whole hint [H, W, C] and the caption of the roles "image", "hint" and "caption".
+
+    Sizes are compared before anything is decoded; the EXIF orientation may then still trade width and height.
+
+    Args, Returns None, Raises: as `read_sample`.
+    """
     try:
         caption = data["caption"].decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise BadSample("caption not UTF-8") from error
-    # Sizes are compared before anything is decoded; the EXIF orientation may still trade width and height.
     picture = _of("image", images.open_picture, data["image"], formats.get("image"))
     opened = _of("hint", hints.open, data["hint"], formats.get("hint"))
     if sorted(picture.size) != sorted(size_of(opened)):
@@ -242,13 +260,11 @@ def read_sample(
         return None
     stored = picture.size
     picture = _of("image", images.upright, picture)
-    placement = transform.place(picture.size, rng)
     hint = _of("hint", hints.decode, opened, notes)
     if size_of(hint) != picture.size:
         turned = stored != picture.size and stored == size_of(hint)
         raise BadSample("image turned by its EXIF orientation, hint not" if turned else "image and hint differ in size")
-    image = placement.image(_of("image", images.rgb, picture))
-    return Decoded(image, placement.hint(hint), caption, placement.time_ids(picture.size))
+    return _of("image", images.rgb, picture), hint, caption
 
 
 def _of(role: str, step, *arguments):

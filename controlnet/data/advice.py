@@ -9,6 +9,10 @@ from controlnet.data.images import IMAGE_FORMATS
 from controlnet.data.shards import Drop
 
 _CURES = {
+    "no caption": "Name captions KEY.txt after their images, give --captions or --table, or --caption TEXT for all",
+    "no hint": "Name hints after their images, give --hints or --table, or compute them: --hint canny, --hint-command",
+    "two images of one name": "Give each image a name of its own; dots in a name count as _",
+    "format not read": "Convert to JPEG, PNG or WebP",
     "key in two places": "The members of a sample must stand next to each other: write the tar with tar --sort=name",
     "duplicate member": "A sample has one image, one caption and one hint",
     "shard compressed": "Samples are read by their place in the file, so a shard must not be compressed: decompress it",

@@ -73,7 +73,7 @@ def build_loader(
     """
     train, webdataset, workers = data["train"], data.get("webdataset") or {}, max(1, data.get("num_workers") or 0)
     chunk_size, infinite = webdataset.get("chunk_size"), bool(webdataset.get("infinite_sampler"))
-    extensions, formats = _read_extensions(train.get("extensions"))
+    extensions, formats = read_extensions(train.get("extensions"))
     ignored = tuple(str(extension).lower().lstrip(".") for extension in train.get("ignored_extensions") or ())
     filterings, augmentations = train.get("filterings") or {}, train.get("augmentations") or {}
     if train.get("buckets") is None:
@@ -128,7 +128,7 @@ def build_loader(
     return ShardLoader(plan, data.get("num_workers") or 0, start, [d for d in survey.drops if d.shard in of_rank])
 
 
-def _read_extensions(configured: Mapping[str, str] | None) -> tuple[tuple[tuple[str, str], ...], dict[str, str]]:
+def read_extensions(configured: Mapping[str, str] | None) -> tuple[tuple[tuple[str, str], ...], dict[str, str]]:
     """((extension, role), ...), and the format of Pillow's to try first for each role that is a picture."""
     wanted = {**DEFAULT_EXTENSIONS, **(configured or {})}
     where, pairs, formats = "data.train.extensions", [], {}

@@ -267,6 +267,11 @@ def decode(
     return _of("image", images.rgb, picture), hint, caption
 
 
+def check_sample(sample: Sample, formats: Mapping[str, str], hints: HintReader, notes: list[str] | None = None) -> None:
+    """Raises BadSample where training could not use the sample, whatever its crop."""
+    decode(_read_members(sample), formats, hints, None, notes)
+
+
 def _of(role: str, step, *arguments):
     """step(*arguments), its refusal under the name of the role."""
     try:

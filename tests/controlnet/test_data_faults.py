@@ -60,7 +60,7 @@ class TestShardsWithoutASample:
         ):
             source = loader(tmp_path, num_workers=3, chunk_size=chunk_size, shuffle_buffer=4)
         for _ in range(5):  # the shards are dealt to the workers anew in each
-            assert len([batch for batch in source]) == len(source)
+            assert len(list(source)) == len(source)
         source.close()
 
     def test_ones_without_a_whole_sample_are_left_out_and_counted(self, tmp_path):

@@ -18,7 +18,6 @@ from controlnet.data import DataError, build_loader
 from controlnet.data.shards import index_shard
 from tests.controlnet.shard_files import jpeg, members, write_shard, write_tar
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:a hint is almost black")  # sample 5 has the value 5 everywhere
 
 

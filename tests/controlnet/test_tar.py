@@ -1,4 +1,4 @@
-"""The walk over the headers of a tar: the members that tarfile has, and no more memory or time than the file is large."""
+"""The walk over the headers of a tar: the members that tarfile has, in memory and time bounded by the file's size."""
 
 import io
 import os

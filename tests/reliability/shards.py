@@ -15,7 +15,7 @@ EXTENSIONS = (("jpg", "image"), ("txt", "caption"), ("png", "hint"))
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 KINDS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.GNUTYPE_SPARSE)
 SAMPLES = 6
-NAME = re.compile(rb"\A<((?:x+/)?[ab]\d)\|")  # what an undamaged member begins with
+NAME = re.compile(rb"\A<((?:x+/)?[ab](\d)\2)\|")  # what a member begins with; no bit flip makes one of another
 SECONDS = 5  # a shard of some kilobytes takes milliseconds
 
 
@@ -26,7 +26,7 @@ def whole(archive_format: int, prefix: str) -> bytes:
         for number in range(SAMPLES):
             long = "x" * 120 + "/" if archive_format != tarfile.USTAR_FORMAT and number % 2 else ""
             for extension, role in EXTENSIONS:
-                content = f"<{long}{prefix}{number}|{role}>".encode() * (1 + 40 * number)
+                content = f"<{long}{prefix}{number}{number}|{role}>".encode() * (1 + 40 * number)
                 header = tarfile.TarInfo(f"{long}{prefix}{number}.{extension}")
                 header.size = len(content)
                 archive.addfile(header, io.BytesIO(content))
@@ -90,7 +90,7 @@ def judged(path: Path, size: int) -> str:
                 if at < 0 or length < 0 or at + length > size:
                     return "accepted damage"
                 file.seek(at)
-                names.update(NAME.findall(file.read(min(length, 200)))[:1])
+                names.update(match.group(1) for match in NAME.finditer(file.read(min(length, 200))))
             if len(names) > 1:
                 return "accepted damage"  # members of two samples in one
     return "dropped" if index.drops else "whole"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from controlnet.checkpoints import relative, shapes
+from controlnet.checkpoints import layouts, relative, shapes
 from controlnet.checkpoints.contents import open_contents, part_tensors
 from controlnet.checkpoints.errors import CheckpointError
 from controlnet.checkpoints.layouts import MODELS, Contents
@@ -40,6 +40,17 @@ class Bundle:
     parts: dict[str, dict[str, Tensor]]
     extras: dict[str, Tensor] = field(default_factory=dict)
     architectures: dict[str, Architecture] = field(default_factory=dict)
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether it is of Stable Diffusion XL, which has a second text encoder, and a vector beside the timestep."""
+        has_vector = any(architecture.num_classes is not None for architecture in self.architectures.values())
+        return has_vector or "cond_stage_2" in self.parts
+
+    @property
+    def prefixes(self) -> dict[str, str]:
+        """The original's prefix of each part."""
+        return layouts.prefixes(self.parts, self.is_xl)
 
     def model(self, part: str) -> nn.Module:
         """The part's U-Net or ControlNet, with the file's tensors themselves as its parameters."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from controlnet.checkpoints import folders, layouts, runs, shapes, vae
+from controlnet.checkpoints import folders, layouts, openclip, runs, shapes, vae
 from controlnet.checkpoints.errors import CheckpointError
 from controlnet.checkpoints.files import read_files
 from controlnet.checkpoints.layouts import MODELS, Contents
@@ -59,7 +59,11 @@ def part_tensors(contents: Contents, part: str, origin: str) -> dict[str, Tensor
         keys = model_keys(contents, part, f"{origin} ({part})")
         return {name: contents.tensors[key] for name, key in keys.items()}
     tensors = {name: contents.tensors[key] for name, key in contents.parts[part].items()}
-    return vae.to_original(tensors) if part == "first_stage" else {_text_name(name): t for name, t in tensors.items()}
+    if part == "first_stage":
+        return vae.to_original(tensors)
+    if part == "cond_stage_2":
+        return openclip.to_original(tensors)
+    return {_text_name(name): tensor for name, tensor in tensors.items()}
 
 
 def text_to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

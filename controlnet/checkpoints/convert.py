@@ -1,7 +1,7 @@
 """Loads any checkpoint, and makes one of another: another format, another base, a ControlNet for a base."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from controlnet.checkpoints.bundle import Bundle, open_bundle
 from controlnet.checkpoints.errors import CheckpointError
-from controlnet.checkpoints.layouts import PREFIXES, grouped
+from controlnet.checkpoints.layouts import grouped
 from controlnet.checkpoints.weights import CONTROL_ONLY, Report, check_finite
 from controlnet.checkpoints.write import write
 from controlnet.model.controlnet import ControlNet
@@ -27,6 +27,7 @@ class Loaded:
         unet, control: the models, in the file's own dtype; None where the file has none. The U-Net's parameters do not
             require gradients, the ControlNet's do.
         first_stage, cond_stage: the tensors of VAE and text encoder under the original's names, if there are any.
+        cond_stage_2: those of Stable Diffusion XL's second text encoder.
         report: which tensors the models took, and which the file has besides.
     """
 
@@ -35,6 +36,7 @@ class Loaded:
     first_stage: dict[str, Tensor]
     cond_stage: dict[str, Tensor]
     report: Report
+    cond_stage_2: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def load(path: str | Path, *, base: str | Path | None = None, average: bool = Tr
     Returns `Loaded`. The architecture is read off the tensors' shapes. The one thing that has no shape is the heads:
         they are those that the checkpoint states (config.json, our own metadata, a run's configuration), else 8 for
         models with 1x1 convolutions around their transformers (Stable Diffusion 1), and one for each 64 channels for
-        those with linear layers (Stable Diffusion 2). For others give num_heads or num_head_channels.
+        those with linear layers (Stable Diffusion 2 and XL). For others give num_heads or num_head_channels.
     Raises FileNotFoundError; CheckpointError for a damaged or foreign file, mixed layouts, and tensors that are
         missing, too many, of another shape than the architecture's or not finite, which it lists.
     """
@@ -140,7 +142,7 @@ def transfer(
             name: _moved(tensor, old.parts["unet"].get(name), new.parts["unet"].get(name), f"{part}: {name}")
             for name, tensor in parts[part].items()
         }
-    for part in {"first_stage", "cond_stage"} & parts.keys() & new.parts.keys():
+    for part in {"first_stage", "cond_stage", "cond_stage_2"} & parts.keys() & new.parts.keys():
         parts[part] = new.parts[part]
     return _result(Bundle(moved.path, moved.layout, parts, moved.extras, moved.architectures), dst, format)
 
@@ -189,11 +191,10 @@ def _result(bundle: Bundle, dst: str | Path | None, format: str) -> Loaded:
 def _written(bundle: Bundle, dst: str | Path, format: str) -> Conversion:
     left_out = write(bundle, dst, format)
     gone = set(left_out)
-    kept = {
-        part: len(names)
-        for part, names in bundle.parts.items()
-        if not any(PREFIXES[part] + name in gone for name in names)
+    counts = {
+        part: sum(bundle.prefixes[part] + name not in gone for name in names) for part, names in bundle.parts.items()
     }
+    kept = {part: count for part, count in counts.items() if count}
     conversion = Conversion(bundle.path, bundle.layout, str(dst), format, kept, left_out)
     logger.info("%s", conversion)
     return conversion
@@ -203,11 +204,11 @@ def _loaded(bundle: Bundle) -> Loaded:
     for part in bundle.architectures:
         check_finite(bundle.parts[part], f"{bundle.path} ({part})")
     models = {part: bundle.model(part) for part in bundle.architectures}
-    matched = [PREFIXES[part] + name for part in models for name in bundle.parts[part]]
+    matched = [bundle.prefixes[part] + name for part in models for name in bundle.parts[part]]
     report = Report(bundle.path, bundle.layout, matched, [], list(bundle.extras))
     logger.info("%s", report)
-    first_stage, cond_stage = (bundle.parts.get(part, {}) for part in ("first_stage", "cond_stage"))
-    return Loaded(models.get("unet"), models.get("control"), first_stage, cond_stage, report)
+    first, text, second = (bundle.parts.get(part, {}) for part in ("first_stage", "cond_stage", "cond_stage_2"))
+    return Loaded(models.get("unet"), models.get("control"), first, text, report, second)
 
 
 def _moved(tensor: Tensor, old: Tensor | None, new: Tensor | None, name: str) -> Tensor:

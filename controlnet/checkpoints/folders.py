@@ -15,6 +15,8 @@ CLASSES = {"unet": "UNet2DConditionModel", "control": "ControlNetModel"}
 WEIGHTS = dict.fromkeys(("unet", "control", "first_stage"), "diffusion_pytorch_model.safetensors")
 WEIGHTS |= dict.fromkeys(("cond_stage", "cond_stage_2"), "model.safetensors")
 
+XL_SCALE_FACTOR = 0.13025  # of Stable Diffusion XL's VAE
+
 # What this model computes in one way alone. A key that a config.json lacks has diffusers' default, which is served.
 _SERVED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu",),
@@ -148,8 +150,8 @@ def _layers_per_block(architecture: Architecture) -> int | list[int]:
     return middle if len(same) == 1 else depths
 
 
-def vae_config(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Any]:
-    """The config.json of an AutoencoderKL with these tensors, in diffusers' names; what no shape tells is left out."""
+def vae_config(tensors: Mapping[str, Tensor], origin: str, is_xl: bool = False) -> dict[str, Any]:
+    """The config.json of an AutoencoderKL with these tensors, in diffusers' names; what nothing tells is left out."""
     names = ("encoder.conv_in.weight", "decoder.conv_out.weight", "decoder.conv_in.weight")
     missing = [name for name in names if name not in tensors]
     if missing:
@@ -170,14 +172,17 @@ def vae_config(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Any]:
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
         "use_quant_conv": "quant_conv.weight" in tensors,
         "use_post_quant_conv": "post_quant_conv.weight" in tensors,
+        **({"scaling_factor": XL_SCALE_FACTOR} if is_xl else {}),
     }
 
 
 def clip_config(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Any]:
     """The config.json of the CLIP text model with these tensors ("text_model.*"), at CLIP's 64 channels per head.
 
-    A width that 64 does not divide has one head. The activation is that of OpenAI's CLIP, quick_gelu.
+    A width that 64 does not divide has one head. The activation is that of OpenAI's CLIP, quick_gelu, and OpenCLIP's
+    gelu for a model with a projection.
     """
+    projection = tensors.get("text_projection.weight")
     embeddings = "text_model.embeddings."
     names = (f"{embeddings}token_embedding.weight", f"{embeddings}position_embedding.weight")
     inner = "text_model.encoder.layers.0.mlp.fc1.weight"
@@ -187,16 +192,16 @@ def clip_config(tensors: Mapping[str, Tensor], origin: str) -> dict[str, Any]:
     (vocabulary, width), (positions, _) = (tensors[name].shape for name in names)
     layers = {match[1] for name in tensors if (match := re.match(r"text_model\.encoder\.layers\.(\d+)\.", name))}
     return {
-        "architectures": ["CLIPTextModel"],
+        "architectures": ["CLIPTextModel" if projection is None else "CLIPTextModelWithProjection"],
         "model_type": "clip_text_model",
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "projection_dim": width,
+        "projection_dim": width if projection is None else projection.shape[0],
         "intermediate_size": tensors[inner].shape[0],
         "num_hidden_layers": len(layers),
         "num_attention_heads": max(width // 64, 1),
         "max_position_embeddings": positions,
-        "hidden_act": "quick_gelu",
+        "hidden_act": "quick_gelu" if projection is None else "gelu",
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
         "pad_token_id": vocabulary - 1,

@@ -2,8 +2,10 @@
 
 The original's names are those of latent-diffusion: `model.diffusion_model.*` (U-Net), `control_model.*` (ControlNet),
 `first_stage_model.*` (VAE) and `cond_stage_model.*` (text encoder); within U-Net and ControlNet `input_blocks.1.0...`.
+Stable Diffusion XL's text encoders are `conditioner.embedders.0.*` (CLIP) and `conditioner.embedders.1.*` (OpenCLIP).
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,16 +23,32 @@ PREFIXES = {
     "first_stage": "first_stage_model.",
     "cond_stage": "cond_stage_model.",
 }
+_EMBEDDER = re.compile(r"conditioner\.embedders\.\d+\.")
 _DIFFUSERS_MARKS = ("down_blocks.", "mid_block.", "up_blocks.")
-_DIFFUSERS_BARE = (*_DIFFUSERS_MARKS, "conv_in.", "conv_norm_out.", "conv_out.", "time_embedding.")
+_DIFFUSERS_BARE = (*_DIFFUSERS_MARKS, "conv_in.", "conv_norm_out.", "conv_out.", "time_embedding.", "add_embedding.")
 # How the names of a part begin in a file that holds this part alone.
 _BARE = {
     "unet": ("time_embed.", "input_blocks.", "middle_block.", "output_blocks.", "out.", "label_emb.", *_DIFFUSERS_BARE),
     "control": ("zero_convs.", "input_hint_block.", "middle_block_out.", "controlnet_"),
     # before the first stage, whose encoder has no layers
-    "cond_stage": ("transformer.", "text_model.", "embeddings.", "encoder.layers.", "final_layer_norm."),
+    "cond_stage": (
+        "transformer.",
+        "text_model.",
+        "embeddings.",
+        "encoder.layers.",
+        "final_layer_norm.",
+        "text_projection.",
+    ),
     "first_stage": ("encoder.", "decoder.", "quant_conv.", "post_quant_conv."),
 }
+
+
+def prefixes(parts: Iterable[str], is_xl: bool) -> dict[str, str]:
+    """The original's prefix of each part; of Stable Diffusion XL's refiner the second text encoder is the only one."""
+    parts = set(parts)
+    second = 0 if "unet" in parts and "cond_stage" not in parts else 1
+    embedders = {"cond_stage": "conditioner.embedders.0.", "cond_stage_2": f"conditioner.embedders.{second}."}
+    return PREFIXES | embedders if is_xl else PREFIXES
 
 
 @dataclass(frozen=True)
@@ -39,9 +57,9 @@ class Contents:
 
     Attributes:
         layout: "original", "nemo" or "diffusers".
-        parts: for each of "unet", "control", "first_stage", "cond_stage" that is there: name within the part -> the
-            file's own key. Names of U-Net and ControlNet are the original's, but diffusers' in a diffusers file, whose
-            renaming depends on the architecture.
+        parts: for each of "unet", "control", "first_stage", "cond_stage" and, of Stable Diffusion XL's second text
+            encoder, "cond_stage_2" that is there: name within the part -> the file's own key. Names of U-Net and
+            ControlNet are the original's, but diffusers' in a diffusers file, whose renaming depends on the architecture.
         tensors: the file's tensors under its own keys.
         stated: for U-Net and ControlNet the parameters that the files state beside the tensors: the attention heads.
         relative: of a ControlNet whose numbers are to be added to a base: "difference", or "lora" for a Control-LoRA.
@@ -84,6 +102,8 @@ def sort(tensors: Mapping[str, Tensor], origin: str) -> Contents:
             renamed |= original != name or key.startswith(("model.model.", "model.control_model."))
             name = original
         parts.setdefault(part, {})[name] = key
+    if "text_projection.weight" in parts.get("cond_stage", {}):
+        parts["cond_stage_2"] = parts.pop("cond_stage")  # the folder of the second text encoder, which alone has it
     foreign = [key for part, key in diffusers if part in MODELS]
     if foreign and others:
         raise CheckpointError(
@@ -110,6 +130,9 @@ def _place(key: str, trunk: str) -> tuple[str | None, str]:
         for part, prefix in PREFIXES.items():
             if candidate.startswith(prefix):
                 return part, candidate.removeprefix(prefix)
+        if (match := _EMBEDDER.match(candidate)) is not None:
+            inner = candidate[match.end() :]
+            return "cond_stage_2" if inner.startswith("model.") else "cond_stage", inner
     if name.startswith("diffusion_model."):
         return "unet", name.removeprefix("diffusion_model.")
     for part, beginnings in _BARE.items():

@@ -24,6 +24,7 @@ _TRANSFORMER = ".transformer_blocks."
 # Beginnings of tensors that belong to what this model has not, and the word for it.
 _UNSERVED = {
     "class_embedding.": "class embeddings",
+    "label_emb.weight": "class embeddings",
     "encoder_hid_proj.": "an image projection (IP-Adapter)",
 }
 

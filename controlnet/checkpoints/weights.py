@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from controlnet.checkpoints import layouts, relative, vae
+from controlnet.checkpoints import layouts, openclip, relative, vae
 from controlnet.checkpoints.contents import model_keys, open_contents
 from controlnet.checkpoints.errors import CheckpointError
 
@@ -77,7 +77,7 @@ def load_control(
 
 
 def parts(path: str | Path) -> list[str]:
-    """Which of "unet", "control", "first_stage" and "cond_stage" a file holds."""
+    """Which of "unet", "control", "first_stage", "cond_stage" and "cond_stage_2" a checkpoint holds."""
     return list(open_contents(path).parts)
 
 
@@ -85,14 +85,16 @@ def part_tensors(path: str | Path, part: str) -> dict[str, Tensor]:
     """The tensors of one part of a file, under the part's own names; the VAE's are diffusers'.
 
     Arguments:
-        part: "first_stage" or "cond_stage".
+        part: "first_stage", "cond_stage", or "cond_stage_2", Stable Diffusion XL's second text encoder, which comes
+            under transformers' names (CLIPTextModelWithProjection).
     Raises CheckpointError when the file has no such part.
     """
     contents = _opened(path, part)
     if part not in contents.parts:
         raise CheckpointError(f"{path} holds {contents.summary()}; expected a {part}")
     tensors = {name: contents.tensors[key] for name, key in contents.parts[part].items()}
-    return vae.to_diffusers(tensors) if part == "first_stage" else tensors
+    rename = {"first_stage": vae.to_diffusers, "cond_stage_2": openclip.to_diffusers}.get(part, dict)
+    return rename(tensors)
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], origin: str, optional: Callable[[str], bool]) -> list[str]:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from controlnet.checkpoints import archive, folders, nemo, shapes, vae
+from controlnet.checkpoints import archive, folders, nemo, openclip, shapes, vae
 from controlnet.checkpoints.bundle import Bundle
 from controlnet.checkpoints.contents import METADATA, text_to_diffusers
 from controlnet.checkpoints.errors import CheckpointError
-from controlnet.checkpoints.layouts import MODELS, PREFIXES
+from controlnet.checkpoints.layouts import MODELS
 from controlnet.checkpoints.sources import PICKLES, SUBFOLDERS
 from controlnet.model.architecture import Architecture
 
@@ -65,7 +65,8 @@ def _check_target(dst: Path, format: str) -> None:
 
 def original_names(bundle: Bundle) -> dict[str, Tensor]:
     """All tensors of a bundle under the original's full names."""
-    parts = {PREFIXES[part] + name: tensor for part, names in bundle.parts.items() for name, tensor in names.items()}
+    prefixes = bundle.prefixes
+    parts = {prefixes[part] + name: tensor for part, names in bundle.parts.items() for name, tensor in names.items()}
     return parts | bundle.extras
 
 
@@ -76,7 +77,7 @@ def _single_file(bundle: Bundle, format: str) -> dict[str, Tensor]:
     for part, names in bundle.parts.items():
         for name, tensor in names.items():
             renamed = nemo.from_original(name, release_1=format == "nemo-1.23") if part in MODELS else name
-            tensors[f"model.{PREFIXES[part]}{renamed}"] = tensor
+            tensors[f"model.{bundle.prefixes[part]}{renamed}"] = tensor
     return tensors
 
 
@@ -89,11 +90,15 @@ def _diffusers_parts(bundle: Bundle) -> tuple[dict[str, tuple[dict[str, Tensor],
             parts[part] = shapes.to_diffusers(tensors, architecture), folders.model_config(architecture)
         elif part == "first_stage":
             renamed = vae.to_diffusers(tensors)
-            parts[part] = renamed, folders.vae_config(renamed, bundle.path)
+            parts[part] = renamed, folders.vae_config(renamed, bundle.path, bundle.is_xl)
+        elif part == "cond_stage_2":
+            renamed = openclip.to_diffusers(tensors)
+            parts[part] = renamed, folders.clip_config(renamed, bundle.path)
+            left_out += [bundle.prefixes[part] + name for name in tensors if name == openclip.LEFT_OUT]
         elif (renamed := text_to_diffusers(tensors)) is not None:
             parts[part] = renamed, folders.clip_config(renamed, bundle.path)
         else:
-            left_out += [PREFIXES[part] + name for name in tensors]
+            left_out += [bundle.prefixes[part] + name for name in tensors]
     return parts, left_out
 
 

@@ -59,7 +59,7 @@ class Contents:
         layout: "original", "nemo" or "diffusers".
         parts: for each of "unet", "control", "first_stage", "cond_stage" and, of Stable Diffusion XL's second text
             encoder, "cond_stage_2" that is there: name within the part -> the file's own key. Names of U-Net and
-            ControlNet are the original's, but diffusers' in a diffusers file, whose renaming depends on the architecture.
+            ControlNet are the original's, but diffusers' in a diffusers file, whose renaming hangs on the architecture.
         tensors: the file's tensors under its own keys.
         stated: for U-Net and ControlNet the parameters that the files state beside the tensors: the attention heads.
         relative: of a ControlNet whose numbers are to be added to a base: "difference", or "lora" for a Control-LoRA.

@@ -5,13 +5,14 @@ configurations, numpy scores) are found by disassembling it first, and an empty 
 package that a name belongs to is neither imported nor run. A name that only an attack has a use for is refused.
 """
 
+import _compat_pickle
 import pickle
 import pickletools
 import re
 import struct
 import sys
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,11 @@ from torch import Tensor
 from controlnet.checkpoints.errors import CheckpointError
 
 _DEPTH = 64  # dictionaries in dictionaries; NeMo's go four deep
-_ENTRIES = 1_000_000  # of all dictionaries together, each counted as often as it is named
+_ENTRIES = 100_000  # of all dictionaries together, each counted as often as it is named; SDXL's go to 10,000
 # Data of the standard library and numpy, by full name. Classes of other packages need no entry.
 _DATA = re.compile(
-    r"(builtins|__builtin__)\.(bool|bytes|complex|dict|float|frozenset|int|list|long|object|range|set|slice|str|tuple|unicode)"
-    r"|_codecs\.encode|copyreg\._reconstructor|copy_reg\._reconstructor"
+    r"builtins\.(bool|bytes|complex|dict|float|frozenset|int|list|object|range|set|slice|str|tuple)"
+    r"|_codecs\.encode|copyreg\._reconstructor"
     r"|argparse\.Namespace|types\.SimpleNamespace|typing\.\w+|uuid\.(UUID|SafeUUID)|decimal\.Decimal"
     r"|fractions\.Fraction|random\.Random|pathlib(\._local)?\.\w*Path"
     r"|collections\.(defaultdict|deque|Counter|OrderedDict|UserDict)|datetime\.(date|datetime|time|timedelta|timezone)"
@@ -120,13 +121,17 @@ def _names(path: Path, zipped: bool) -> set[str]:
     with open(path, "rb") as file:  # the older format: some pickles in a row, then the storages' bytes
         for _ in range(4):
             try:
-                found = {
-                    arg.replace(" ", ".", 1) for opcode, arg, _ in pickletools.genops(file) if opcode.name == "GLOBAL"
-                }
+                found = [arg for opcode, arg, _ in pickletools.genops(file) if opcode.name == "GLOBAL"]
             except ValueError:  # what follows the only pickle of a foreign file
                 break
-            names |= found
+            names |= {_present_name(*name.split(" ", 1)) for name in found}
     return names - known.keys()
+
+
+def _present_name(module: str, name: str) -> str:
+    """The full name; protocol 2 writes those of Python 2, which torch.load looks up under today's."""
+    module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+    return f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
 
 
 def _stand_in(name: str, origin: str) -> type:
@@ -139,7 +144,7 @@ def _stand_in(name: str, origin: str) -> type:
             f"{origin} is refused: it asks to load {name}, which is neither a tensor nor plain data. Such a pickle can"
             " run code. Ask its author for a .safetensors file"
         )
-    kinds = {"dict": _Mapping, "list": _List}
+    kinds = {"dict": _Mapping, "list": _List, "deque": _List}
     kind = next((kind for ending, kind in kinds.items() if short.lower().endswith(ending)), _Object)
     return type(short, (kind,), {})
 
@@ -169,9 +174,9 @@ def _tensors(content: Any, origin: str) -> dict[str, Tensor]:
 
 def _flat(content: dict, origin: str) -> Iterator[tuple[str, Any]]:
     """The entries of nested dictionaries ("model" and "optimizer" side by side) under dotted names."""
-    waiting, entries = [("", content, ())], 0
+    waiting, entries = deque([("", content, ())]), 0
     while waiting:
-        prefix, content, parents = waiting.pop(0)
+        prefix, content, parents = waiting.popleft()
         if id(content) in parents or len(parents) > _DEPTH:
             raise CheckpointError(f"{origin} is refused: its dictionaries contain themselves, or lie {_DEPTH} deep")
         entries += len(content)

@@ -1,8 +1,8 @@
-"""For people on diffusers: `accelerate` what you have, or import the classes from here instead of from diffusers."""
+"""For people on diffusers: `accelerate` what you have, `restore` it, `forget` what is kept between steps."""
 
 try:
     from controlnet.diffusers.accelerate import accelerate, restore
-    from controlnet.diffusers.models import ControlNetModel, UNet2DConditionModel
+    from controlnet.diffusers.memo import forget
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "diffusers":
         raise
@@ -11,4 +11,4 @@ except ModuleNotFoundError as error:
         " repository, pip install -e '.[diffusers]'"
     ) from error
 
-__all__ = ["ControlNetModel", "UNet2DConditionModel", "accelerate", "restore"]
+__all__ = ["accelerate", "forget", "restore"]

@@ -1,128 +1,177 @@
 """`accelerate` and `restore`: diffusers' pipelines and models made faster in place, and as they were."""
 
+import functools
 import types
-import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any, TypeVar
 
 import diffusers
 import torch
+from diffusers.loaders import peft
 from torch import nn
 
-from controlnet.diffusers import models, vae
+from controlnet.diffusers import blocks, exits, memo
+from controlnet.diffusers.layers import Shared
 
 Target = TypeVar("Target")
 
 TESTED = ((0, 40), (0, 42))  # releases of diffusers, first and last
-PIPELINES = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-    "StableDiffusionControlNetPipeline",
-    "StableDiffusionControlNetImg2ImgPipeline",
-    "StableDiffusionControlNetInpaintPipeline",
-)
 MODELS = ("UNet2DConditionModel", "ControlNetModel", "MultiControlNetModel", "AutoencoderKL")
-_DROP_INS = models.DROP_INS | vae.DROP_INS
-_ORIGINALS = {drop_in: original for original, drop_in in _DROP_INS.items()}
+_OWN = ("_cn", "_cn_name", "_cn_kept", "_cn_contiguous")  # attributes of what was accelerated
+_ORIGINALS = {cls: original for original, cls in blocks.SWAPS.items()}
+_ORIGINALS |= {exits.ZeroConv: nn.Conv2d, blocks.GroupNorm: nn.GroupNorm}
+# Methods that write through `.data`, which version counters do not show.
+_WRITERS = (
+    ("EMAModel", "copy_to"),
+    ("EMAModel", "restore"),
+    ("PeftAdapterMixin", "fuse_lora"),
+    ("PeftAdapterMixin", "unfuse_lora"),
+)
 
 
-def accelerate(target: Target, *, compile: Mapping[str, Any] | None = None) -> Target:
+def accelerate(target: Target, *, channels_last: bool = True) -> Target:
     """Makes a diffusers pipeline or model compute by fused kernels, in place; the weights stay the same tensors.
 
-    The class of each U-Net, ControlNet, VAE encoder and decoder becomes a subclass of itself with another forward.
-    Convolution weights become channels_last, with the same values. What the pipeline can do it still does: a call that
-    asks for more than the fast path has (a LoRA that is not fused, an IP-Adapter, an attention mask, a custom attention
-    processor, FreeU, class embeddings, hooks inside the model) runs diffusers' own forward, after one warning.
+    The classes of the blocks inside (residual blocks, attention, transformers, feed-forwards, the ControlNet's exits)
+    become subclasses of themselves with a faster forward; diffusers' own forward of the model goes on calling them. A
+    block that is not what its fast forward knows (other layers in it, hooks, another attention processor, an attention
+    mask) runs diffusers' own code, after one warning that names it; the blocks around it stay fast. LoRA layers,
+    quantised and offloaded layers are called as the modules they are.
 
-    Between the steps of a denoising loop the encoded hint, the keys and values of the prompt and the timestep
-    embeddings of the schedule are kept, as long as what they were made of stays the same.
+    Between the steps of a denoising loop the encoded hint and the keys and values of the prompt are kept, as long as
+    what they were made of stays the same.
 
     Args:
-        target: a StableDiffusion pipeline (plain, img2img, inpaint; each with or without ControlNet), or one of
-            UNet2DConditionModel, ControlNetModel, MultiControlNetModel and AutoencoderKL; compiled ones too.
-        compile: arguments for torch.compile, such as {"mode": "max-autotune"}, by which U-Net and ControlNets are
-            compiled at their first call. Unlike in `torch.compile(pipe.unet)`, what is kept between steps still is.
+        target: a pipeline with a UNet2DConditionModel (Stable Diffusion 1, 2 and XL, with or without ControlNets), or
+            one of UNet2DConditionModel, ControlNetModel, MultiControlNetModel and AutoencoderKL; compiled ones too.
+        channels_last: convert the convolutions' weights to channels_last, with the same values. Without it the kernels
+            serve all the same, and each convolution on a GPU converts at every call. False is for code that flattens
+            parameters with `view`, such as torch.nn.utils.parameters_to_vector.
 
     Returns:
-        `target`. A second time it changes nothing, unless `compile` is another.
+        `target`. A second time it changes nothing.
 
     Raises:
         TypeError: `target` is none of these; the message lists them.
+        ValueError: a model is spread over several devices.
         ImportError: this release of diffusers has not been tested.
 
     Notes:
         Values kept from an earlier step notice every change of their inputs but one: a write through `.data` into the
-        same memory (`weight.data.mul_(2)`), which PyTorch does not count. Assigning `.data` is noticed.
+        same memory (`weight.data.mul_(2)`), which PyTorch does not count. Call `controlnet.diffusers.forget()` after
+        it, as diffusers' EMAModel, fuse_lora and unfuse_lora are made to. Assigning `.data` is noticed.
+        Under torch.jit.trace, torch.func, forward-mode derivatives and hooks on all modules diffusers' own code runs.
+        A backward pass cannot be differentiated again.
     """
     _check_release()
-    for module in _parts(target):
-        drop_in = _DROP_INS.get(type(module))
-        if drop_in is not None:
-            _swap(module, drop_in)
-            _channels_last(module)
-        if not isinstance(module, models._Accelerated):
-            continue
-        if drop_in is not None or (compile is not None and compile != module._compile):
-            module._compile = compile
-            module.bind()
-        if isinstance(target, diffusers.DiffusionPipeline):
-            known = [reference for reference in module._pipelines if reference() not in (None, target)]
-            module._pipelines = (*known, weakref.ref(target))
+    models = _models(target)
+    for model in models:
+        _check_devices(model)
+    _make_writers_forget()
+    for model in models:
+        _swap(model, channels_last)
     return target
 
 
 def restore(target: Target) -> Target:
-    """Undoes `accelerate`: classes, forwards and memory formats are as before. Returns `target`.
-
-    What was made by the drop-in classes themselves becomes the diffusers model of the same name.
-    """
-    for module in _parts(target):
-        original = _ORIGINALS.get(type(module))
-        if original is not None:
-            if getattr(module, "_was_contiguous", False):
-                module.to(memory_format=torch.contiguous_format)
-            own = type(module).OWN
-            _swap(module, original)
-            for name in own:
-                vars(module).pop(name, None)
+    """Undoes `accelerate`: classes, forwards and memory formats are as before. Returns `target`."""
+    for model in _models(target):
+        if model.__dict__.get("_cn_contiguous", False):
+            model.to(memory_format=torch.contiguous_format)
+        for module in model.modules():
+            if type(module) in _ORIGINALS:
+                _retype(module, _ORIGINALS[type(module)])
+            for name in _OWN:
+                module.__dict__.pop(name, None)
+        for hooks, own in ((model._forward_pre_hooks, exits.enter), (model._forward_hooks, exits.leave)):
+            for key in [key for key, hook in hooks.items() if hook is own]:
+                tables = (hooks, model._forward_pre_hooks_with_kwargs, model._forward_hooks_with_kwargs)
+                for table in (*tables, model._forward_hooks_always_called):
+                    table.pop(key, None)
     return target
 
 
-def _parts(target: Any) -> Iterator[nn.Module]:
-    """The modules in `target` whose classes may be swapped."""
+def _models(target: Any) -> list[nn.Module]:
+    """The models in `target` whose blocks may be swapped."""
     target = getattr(target, "_orig_mod", target)
-    if isinstance(target, tuple(getattr(diffusers, name) for name in PIPELINES)):
-        for component in (target.unet, target.vae, getattr(target, "controlnet", None)):
-            component = getattr(component, "_orig_mod", component)
-            if isinstance(component, tuple(getattr(diffusers, name) for name in MODELS)):
-                yield from _parts(component)
+    if isinstance(target, diffusers.DiffusionPipeline):
+        parts = [getattr(target, name, None) for name in ("unet", "controlnet", "vae")]
+        parts = [getattr(part, "_orig_mod", part) for part in parts]
+        if isinstance(parts[0], diffusers.UNet2DConditionModel):
+            known = tuple(getattr(diffusers, name) for name in MODELS)
+            return [model for part in parts if isinstance(part, known) for model in _models(part)]
     elif isinstance(target, diffusers.MultiControlNetModel):
-        for net in target.nets:
-            yield from _parts(net)
-    elif isinstance(target, diffusers.AutoencoderKL):
-        yield from (target.encoder, target.decoder)
-    elif type(target) in _DROP_INS or type(target) in _ORIGINALS:
-        yield target
-    else:
-        kind = f"{type(target).__module__}.{type(target).__qualname__}"
-        raise TypeError(f"target is a {kind}; expected one of {', '.join((*PIPELINES, *MODELS))}")
+        return [model for net in target.nets for model in _models(net)]
+    elif isinstance(target, (diffusers.UNet2DConditionModel, diffusers.ControlNetModel, diffusers.AutoencoderKL)):
+        return [target]
+    kind = f"{type(target).__module__}.{type(target).__qualname__}"
+    raise TypeError(
+        f"target is a {kind}; expected a pipeline with a UNet2DConditionModel (Stable Diffusion 1, 2, XL) or one of "
+        f"{', '.join(MODELS)}"
+    )
 
 
-def _swap(module: nn.Module, cls: type[nn.Module]) -> None:
+def _swap(model: nn.Module, channels_last: bool) -> None:
+    if "_cn" in model.__dict__:
+        return
+    found = {name: module for name, module in model.named_modules() if type(module) in blocks.SWAPS}
+    shared = Shared([m for m in found.values() if getattr(m, "time_emb_proj", None) is not None])
+    for name, module in list(model.named_modules()):
+        if name.endswith("conv_norm_out") and type(module) is nn.GroupNorm:
+            _retype(module, blocks.GroupNorm)
+    for name, module in found.items():
+        _retype(module, blocks.SWAPS[type(module)])
+        module.__dict__.update(_cn=shared, _cn_name=name)
+    if isinstance(model, diffusers.ControlNetModel):
+        for conv in (*model.controlnet_down_blocks, model.controlnet_mid_block):
+            if type(conv) is nn.Conv2d:
+                _retype(conv, exits.ZeroConv)
+        model.register_forward_pre_hook(exits.enter, with_kwargs=True)
+        model.register_forward_hook(exits.leave, with_kwargs=True, always_call=True)
+    model.__dict__.update(_cn=shared)
+    if channels_last:
+        model.__dict__["_cn_contiguous"] = all(p.is_contiguous() for p in model.parameters())
+        model.to(memory_format=torch.channels_last)
+
+
+def _retype(module: nn.Module, cls: type[nn.Module]) -> None:
     """Makes `module` an instance of `cls`, also where accelerate's offloading has put its forward into a hook."""
     before, module.__class__ = type(module), cls
     for name in ("forward", "_old_forward"):
-        method = vars(module).get(name)
+        method = module.__dict__.get(name)
         if isinstance(method, types.MethodType) and method.__func__ is before.forward:
-            vars(module)[name] = types.MethodType(cls.forward, module)
+            module.__dict__[name] = types.MethodType(cls.forward, module)
 
 
-def _channels_last(module: nn.Module) -> None:
-    """channels_last weights are read in place by the convolutions; others would be copied at every call."""
-    module._was_contiguous = all(p.is_contiguous() for p in module.parameters())
-    module.to(memory_format=torch.channels_last)
+def _make_writers_forget() -> None:
+    from diffusers import training_utils
+
+    for owner, name in _WRITERS:
+        cls = getattr(training_utils, owner, None) or getattr(peft, owner)
+        method = getattr(cls, name)
+        if not getattr(method, "_cn_forgets", False):
+            setattr(cls, name, _then_forget(method))
+
+
+def _then_forget(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def forgetting(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        finally:
+            memo.forget()
+
+    forgetting._cn_forgets = True
+    return forgetting
+
+
+def _check_devices(model: nn.Module) -> None:
+    devices = {str(p.device) for p in model.parameters() if not p.is_meta}
+    if len(devices) > 1:
+        raise ValueError(
+            f"target has a {type(model).__name__} on {', '.join(sorted(devices))}; expected all of it on one device"
+        )
 
 
 def _check_release() -> None:

@@ -1,46 +1,51 @@
-"""Results that are kept while the tensors they were computed from stay the same."""
+"""Results that are kept from one step of a denoising loop to the next, while what they were computed from stays."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 Result = TypeVar("Result")
 
+_forgotten = 0  # how often `forget` was called; a part of every key
 
-class Memo(Generic[Result]):
-    """The last result of a function of tensors, computed again when one of them is another or was written to.
 
-    A tensor is the same if it is the same view of the same storage and its version counter stands where it stood; a new
-    view of the old memory (`chunk`, an item of a schedule) is the same tensor. Storages are held weakly: their memory
-    can be freed, while no other storage can take their identity.
+def forget() -> None:
+    """Drops what accelerated models keep between steps, everywhere.
 
-    Nothing is kept with gradients enabled, nor of tensors made in inference mode, which count no versions. A write
-    through `tensor.data` does not count as one in PyTorch, and is not noticed here.
+    To be called after a write that PyTorch does not count: through `.data` into the same memory. diffusers' EMAModel
+    and its fuse_lora and unfuse_lora, which write so, call it by themselves.
     """
-
-    def __init__(self):
-        self._key: Any = None
-        self._result: Result | None = None
-        self._held: list[StorageWeakRef] = []
-
-    def __call__(self, tensors: Sequence[Tensor], compute: Callable[[], Result], *others: Any) -> Result:
-        """compute(), or what it gave the last time, if `tensors` and `others` (hashable) are the same."""
-        if torch.is_grad_enabled() or any(tensor.is_inference() for tensor in tensors):
-            return compute()
-        kind = tensors[0].device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        storages = [tensor.untyped_storage() for tensor in tensors]
-        key = (others, autocast, *map(_stamp, tensors, storages))
-        if key != self._key:
-            self._key = None  # if compute() fails, nothing is kept
-            self._result = compute()
-            self._held = list(map(StorageWeakRef, storages))
-            self._key = key
-        return self._result
+    global _forgotten
+    _forgotten += 1
 
 
-def _stamp(tensor: Tensor, storage: torch.UntypedStorage) -> tuple[Any, ...]:
-    return storage._cdata, tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype
+def keeps(x: Tensor) -> bool:
+    """Whether results may be kept now: not for gradients, nor for who records operations to run them again later."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def keep(owner: nn.Module, tensors: Sequence[Tensor], compute: Callable[[], Result]) -> Result:
+    """compute(), or what it gave the last time for this owner, if `tensors` are the same and were not written to.
+
+    A tensor is the same if it is the same view of the same storage and its version counter stands where it stood. What
+    is kept is one tuple, read and written as a whole, so threads may share the owner. Storages are held weakly: their
+    memory can be freed, while no other storage can take their identity.
+    """
+    if not keeps(tensors[0]) or any(tensor.is_inference() for tensor in tensors):
+        return compute()
+    kind = tensors[0].device.type
+    key: list[Any] = [_forgotten, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    for tensor, storage in zip(tensors, storages, strict=True):
+        key += storage._cdata, tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride()
+    kept = owner.__dict__.get("_cn_kept")
+    if kept is not None and kept[0] == key:
+        return kept[1]
+    result = compute()
+    owner.__dict__["_cn_kept"] = (key, result, [StorageWeakRef(storage) for storage in storages])
+    return result

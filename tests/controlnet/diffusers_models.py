@@ -1,8 +1,17 @@
 """Small models and pipelines of diffusers with random weights, none of them zero."""
 
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
 import diffusers
 import torch
 from torch import Tensor, nn
+
+import cnkernels
+from cnkernels import recompute
 
 CONTEXT = 24
 GAINS = {"attn2": 2.0, "controlnet_": 2.0}  # more of these, and 20 steps make chaos of rounding errors
@@ -11,6 +20,17 @@ VARIANTS = {
     "sd21": {"attention_head_dim": [2, 4, 4, 4], "use_linear_projection": True},
     "two blocks deep": {"attention_head_dim": 4, "transformer_layers_per_block": 2, "layers_per_block": 1},
     "scale and shift": {"attention_head_dim": 4, "resnet_time_scale_shift": "scale_shift"},
+    "sdxl": {
+        "attention_head_dim": [2, 4, 8],
+        "use_linear_projection": True,
+        "block_out_channels": (32, 64, 64),
+        "transformer_layers_per_block": [1, 2, 3],
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 16,
+    },
 }
 
 
@@ -29,11 +49,32 @@ def randomized(module: nn.Module, seed: int) -> nn.Module:
 
 
 def unet(variant: str = "sd15", seed: int = 0, **config) -> diffusers.UNet2DConditionModel:
-    config = VARIANTS[variant] | config
-    model = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64, 64, 64), cross_attention_dim=CONTEXT, **config
-    )
-    return randomized(model, seed)
+    common = {"sample_size": 8, "block_out_channels": (32, 64, 64, 64), "cross_attention_dim": CONTEXT}
+    return randomized(diffusers.UNet2DConditionModel(**common | VARIANTS[variant] | config), seed)
+
+
+def added_conditions(batch: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a U-Net of SDXL is conditioned on besides the prompt's states."""
+    generator = torch.Generator().manual_seed(4)
+    pooled = torch.randn(batch, 16, generator=generator).to(dtype)
+    return {"text_embeds": pooled, "time_ids": torch.arange(6.0).repeat(batch, 1).to(dtype)}
+
+
+@contextmanager
+def fused() -> Iterator[Counter]:
+    """Counts the calls of this library's operations."""
+    counts: Counter = Counter()
+
+    def counted(owner, name):
+        function = getattr(owner, name)
+        return lambda *args, **kwargs: counts.update([name]) or function(*args, **kwargs)
+
+    names = [(cnkernels, name) for name in ("attention", "group_norm_silu", "geglu", "zero_conv_add_group")]
+    names += [(recompute, name) for name in ("group_norm_silu", "geglu")]  # where gradients flow
+    with contextlib.ExitStack() as stack:
+        for owner, name in names:
+            stack.enter_context(mock.patch.object(owner, name, counted(owner, name)))
+        yield counts
 
 
 def controlnet(base: nn.Module, seed: int = 1) -> diffusers.ControlNetModel:

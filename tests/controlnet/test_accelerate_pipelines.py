@@ -1,14 +1,17 @@
 """diffusers' pipelines, accelerated: the same pictures, and nothing computed twice."""
 
+import warnings
+from unittest import mock
+
 import diffusers
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
+from diffusers.training_utils import EMAModel
 
 import controlnet
-from controlnet.diffusers.binding import _item
-from controlnet.model.unet import Trunk
-from tests.controlnet.diffusers_models import draw, image, pipeline, prompt
+from controlnet.diffusers import blocks, exits, memo
+from tests.controlnet.diffusers_models import controlnet as control_model
+from tests.controlnet.diffusers_models import draw, image, pipeline, prompt, unet, vae
 
 CONTROLLED = "StableDiffusionControlNetPipeline"
 SCHEDULERS = {
@@ -20,48 +23,69 @@ TOLERANCE = 1e-4  # of the image range, which is 1
 
 
 class Calls:
-    """How often the parts of an accelerated pipeline were run, and on how many images."""
+    """How often the models of a pipeline ran, and how often what they keep was computed, and of how many images."""
 
     def __init__(self, pipe):
-        self.counts = {"unet": 0, "control": 0, "hint": [], "context": 0, "schedule": 0}
+        self.counts = {"unet": 0, "control": 0, "hint": [], "context": 0, "projections": 0}
         control = getattr(pipe, "controlnet", None)
-        for module in [pipe.unet, *([] if control is None else getattr(control, "nets", [control]))]:
-            self._count(module)
+        controls = [] if control is None else getattr(control, "nets", [control])
+        self._hooks = [pipe.unet.register_forward_hook(lambda *_: self._add("unet"))]
+        for net in controls:
+            # of each model, an exit: at scale 0 it is not reached
+            self._hooks.append(net.down_blocks[0].resnets[0].register_forward_hook(self._control))
 
-    def _count(self, module):
-        model = module._binding.model
-        name = "unet" if hasattr(model, "decode") else "control"
-        self._wrap(model, "forward", lambda *_: self._add(name))
-        self._wrap(model, "prepare_context", lambda *_: self._add("context"))
-        self._wrap(model, "prepare_timesteps", lambda *_: self._add("schedule"))
-        if name == "control":
-            self._wrap(model, "encode_hint", lambda hint: self.counts["hint"].append(hint.shape[0]))
+    def _control(self, *_):
+        self.counts["control"] += not exits.skipping()
 
     def _add(self, name):
         self.counts[name] += 1
 
-    def _wrap(self, model, name, note):
-        method = getattr(model, name)
+    def _computed(self, owner, compute):
+        if not isinstance(owner, blocks.ControlNetConditioningEmbedding):
+            self._add({"Attention": "context", "Shared": "projections"}[type(owner).__name__])
+            return compute()
+        note = owner.conv_in.register_forward_hook(lambda m, args, y: self.counts["hint"].append(len(y)))
+        result = compute()
+        note.remove()
+        return result
 
-        def noted(*args, **kwargs):
-            note(*args)
-            return method(*args, **kwargs)
+    def __enter__(self):
+        keep = memo.keep
 
-        setattr(model, name, noted)
+        def counted(owner, tensors, compute):
+            return keep(owner, tensors, lambda: self._computed(owner, compute))
+
+        self._patch = mock.patch.object(memo, "keep", counted)
+        self._patch.start()
+        return self.counts
+
+    def __exit__(self, *_):
+        self._patch.stop()
+        for hook in self._hooks:
+            hook.remove()
+
+
+def attentions(pipe):
+    """How many attentions read the prompt."""
+    control = getattr(pipe, "controlnet", None)
+    models = [pipe.unet, *([] if control is None else getattr(control, "nets", [control]))]
+    return sum(name.endswith("attn2") for model in models for name, _ in model.named_modules())
 
 
 def check(pipe, arguments, tolerance=TOLERANCE):
-    """Draws before and after `accelerate`, and after `restore`; returns what was called in between."""
+    """Draws before and after `accelerate`, and after `restore`; returns what was computed in between."""
     before = draw(pipe, **arguments)
     assert before.std() > 0.01, "a picture of nothing"
-    controlnet.accelerate(pipe)
-    calls = Calls(pipe)
-    after = draw(pipe, **arguments)
-    assert calls.counts["unet"] > 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*fast path")
+        controlnet.accelerate(pipe)
+        with Calls(pipe) as counts:
+            after = draw(pipe, **arguments)
+    assert counts["unet"] > 0
     assert (after - before).abs().max() < tolerance
     controlnet.restore(pipe)
     assert torch.equal(draw(pipe, **arguments), before)
-    return calls.counts
+    return counts
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -69,8 +93,7 @@ def test_twenty_steps(scheduler):
     pipe = pipeline()
     pipe.scheduler = SCHEDULERS[scheduler].from_config(pipe.scheduler.config)
     counts = check(pipe, prompt(image=image(), num_inference_steps=20))
-    assert counts == {"unet": counts["unet"], "control": counts["control"], "hint": [1], "context": 2, "schedule": 2}
-    assert counts["unet"] == counts["control"] == 20
+    assert counts == {"unet": 20, "control": 20, "hint": [1], "context": attentions(pipe), "projections": 2}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +142,7 @@ def test_image_to_image(control):
     kind = f"StableDiffusion{'ControlNet' if control else ''}Img2ImgPipeline"
     hint = {"control_image": image(seed=9)} if control else {}
     counts = check(pipeline(kind), prompt(image=image(), strength=0.6, num_inference_steps=5) | hint)
-    assert counts["schedule"] == 1 + control
+    assert counts["projections"] == 1 + control
 
 
 @pytest.mark.parametrize("control", [False, True])
@@ -148,23 +171,20 @@ def test_stable_diffusion_2_with_v_prediction():
     check(pipe, prompt(image=image(), num_inference_steps=3))
 
 
-def test_compiled_with_what_is_kept_outside(monkeypatch):
-    """Graphs for ControlNet and U-Net, and for the U-Net with zeros: nothing else is a reason to compile again."""
-    prepared = []
-    for name in ("prepare_context", "prepare_timesteps"):
-        method = getattr(Trunk, name)
-        monkeypatch.setattr(Trunk, name, lambda *args, method=method: prepared.append(1) or method(*args))
-    pipe = pipeline()
-    arguments = prompt(image=image(), num_inference_steps=6, control_guidance_end=0.5)
-    before = draw(pipe, **arguments)
-    graphs = CompileCounterWithBackend("aot_eager")
-    controlnet.accelerate(pipe, compile={"backend": graphs, "fullgraph": True})
-    for _ in range(2):
-        assert (draw(pipe, **arguments) - before).abs().max() < TOLERANCE
-    assert graphs.frame_count == 3
-    assert len(prepared) == 2 * 2 * 2  # calls, models, methods
-    controlnet.restore(pipe)
-    assert torch.equal(draw(pipe, **arguments), before)
+@pytest.mark.parametrize("control", [False, True])
+def test_stable_diffusion_xl(control):
+    kind = f"StableDiffusionXL{'ControlNet' if control else ''}Pipeline"
+    base = unet("sdxl")
+    parts = {"vae": vae(), "unet": base, "scheduler": diffusers.DDIMScheduler(clip_sample=False)}
+    parts |= {"controlnet": control_model(base)} if control else {}
+    parts |= dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = getattr(diffusers, kind)(**parts, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pooled = dict(zip(("pooled_prompt_embeds", "negative_pooled_prompt_embeds"), torch.randn(2, 1, 16), strict=True))
+    hint = {"image": image()} if control else {}
+    size = {"height": 64, "width": 64}
+    counts = check(pipe, prompt(num_inference_steps=4) | pooled | hint | size)
+    assert counts["context"] == attentions(pipe) and counts["hint"] == [1] * control
 
 
 def test_a_module_in_two_pipelines():
@@ -192,8 +212,6 @@ def test_the_pipeline_is_saved_as_diffusers(tmp_path):
     assert type(again.controlnet) is diffusers.ControlNetModel
     for name, tensor in pipe.unet.state_dict().items():
         assert torch.equal(again.unet.state_dict()[name], tensor)
-    made_of_drop_ins = diffusers.StableDiffusionControlNetPipeline(**pipe.components, requires_safety_checker=False)
-    assert made_of_drop_ins.config["unet"] == ("diffusers", "UNet2DConditionModel")
 
 
 # --- values kept between steps are never stale: each is changed in the middle of a loop
@@ -249,6 +267,11 @@ def fuse_a_lora(pipe, values):
     pipe.unet.unload_lora()
 
 
+def write_ema_weights(pipe, values):
+    ema = EMAModel([p.detach() * 0.8 for p in pipe.unet.parameters()])
+    ema.copy_to(pipe.unet.parameters())
+
+
 def add_lora(model):
     from peft import LoraConfig
 
@@ -267,6 +290,7 @@ CHANGES = [
     assign_weights,
     replace_a_layer,
     fuse_a_lora,
+    write_ema_weights,
 ]
 
 
@@ -302,16 +326,3 @@ def test_another_schedule():
     controlnet.accelerate(pipe)
     for steps, picture in zip((3, 5, 3), expected, strict=True):
         assert (draw(pipe, **arguments, num_inference_steps=steps) - picture).abs().max() < TOLERANCE
-
-
-def test_an_item_of_a_schedule_is_found_by_its_address():
-    schedule = torch.arange(1000, 0, -100)
-    for index, timestep in enumerate(schedule[3:]):
-        assert _item(timestep, schedule)[1] == index + 3
-        assert _item(timestep[None], schedule)[1] == index + 3
-        assert _item(timestep.clone(), schedule) is None
-        found = _item(timestep, schedule[5:])
-        assert found is None if index < 2 else found[1] == index - 2
-        assert _item(timestep, schedule.float()) is None
-    assert _item(500, schedule) is None
-    assert _item(schedule[0], None) is None

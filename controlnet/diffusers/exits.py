@@ -1,0 +1,101 @@
+"""A ControlNet's exits, one operation with their scales: what is done around diffusers' forward, by two hooks."""
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from controlnet.diffusers import checks
+from controlnet.model.scales import Scale, check_scale, controlled
+
+# Of ControlNetModel.forward, from the fifth on.
+_ARGUMENTS = (
+    "conditioning_scale",
+    "class_labels",
+    "timestep_cond",
+    "attention_mask",
+    "added_cond_kwargs",
+    "cross_attention_kwargs",
+    "guess_mode",
+    "return_dict",
+)
+
+
+class _State(threading.local):
+    """Of the ControlNet whose forward runs in this thread."""
+
+    scales: Sequence[Scale] | None = None  # of the exits, which let their inputs through until the end
+    skip = False  # all scales are 0
+
+
+_state = _State()
+
+
+def skipping() -> bool:
+    """Whether the results of the blocks that run now will not be read."""
+    return _state.skip
+
+
+class ZeroConv(nn.Conv2d):
+    """A zero convolution, which `leave` computes together with the others."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input if _state.scales is not None else super().forward(input)
+
+
+class _Through:
+    """x * _Through() is x: the scale that diffusers' forward multiplies by."""
+
+    def __rmul__(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _convs(model: nn.Module) -> list[nn.Module]:
+    return [*model.controlnet_down_blocks, model.controlnet_mid_block]
+
+
+def enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """A forward pre-hook: takes the scale from the arguments, and the exits' convolutions from the forward."""
+    if torch.compiler.is_compiling():
+        return None
+    _state.scales, _state.skip = None, False
+    convs = _convs(model)
+    if (
+        checks.watched()
+        or checks.patched()
+        or model.config.global_pool_conditions
+        or not all(checks.pointwise(conv, ZeroConv) for conv in convs)
+    ):
+        return None
+    kwargs = kwargs | dict(zip(_ARGUMENTS, args[4:], strict=False))
+    scale, guess = kwargs.pop("conditioning_scale", 1.0), kwargs.pop("guess_mode", False)
+    x = args[0] if args else kwargs.get("sample")
+    if not isinstance(scale, (int, float, Tensor)) or not isinstance(x, Tensor):
+        return None
+    if isinstance(scale, Tensor):
+        check_scale(scale, x.shape[0])
+        if scale.numel() == 1 or scale.dim() == 4 and scale.shape[1:] == (1, 1, 1):
+            scale = scale.reshape(() if scale.numel() == 1 else -1)
+        scale = scale.to(x)
+    last = len(convs) - 1
+    _state.scales = [scale * math.pow(10, i / last - 1) if guess else scale for i in range(len(convs))]
+    trained = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+    _state.skip = not isinstance(scale, Tensor) and scale == 0 and not trained
+    return args[:4], {**kwargs, "conditioning_scale": _Through(), "guess_mode": False}
+
+
+def leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """A forward hook, called after errors, too: the exits of what came out, unless `enter` left them in."""
+    if torch.compiler.is_compiling():
+        return None
+    scales, _state.scales, _state.skip = _state.scales, None, False
+    if scales is None or output is None:
+        return None
+    features = [*output[0], output[1]]
+    *down, middle = controlled(_convs(model), features, [None] * len(features), scales)
+    if isinstance(output, tuple):
+        return down, middle
+    return type(output)(down_block_res_samples=down, mid_block_res_sample=middle)

@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
-from benchmarks.report import groups, is_ours, timed
+from benchmarks.rows import groups, is_ours, timed
 
 plt.switch_backend("Agg")
 

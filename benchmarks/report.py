@@ -8,37 +8,13 @@ FILE is the newest result by default. With --readme, the text between the marks 
 """
 
 import argparse
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import RESULTS
-from cnkernels import dispatch
+from benchmarks.rows import Rows, groups, is_ours, key, load, newest, timed
 
 OPEN, CLOSE = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-Rows = list[dict[str, Any]]
-
-
-def load(path: Path) -> dict[str, Any]:
-    result = json.loads(path.read_text())
-    missing = {"machine", "rows", "tests"} - result.keys()
-    if missing:
-        raise ValueError(f"{path}: not a benchmark result, it lacks {', '.join(sorted(missing))}")
-    return result
-
-
-def newest(folder: Path = RESULTS) -> Path:
-    """The latest result, one of a GPU before one of a CPU."""
-    files = sorted(folder.glob("*/*.json"), key=lambda p: (p.parent.name != "cpu", p.name))
-    if not files:
-        raise FileNotFoundError(f"no results in {folder}; make one with: python -m benchmarks.run")
-    return files[-1]
-
-
-def key(row: dict[str, Any]) -> tuple:
-    """What makes two rows comparable."""
-    return tuple(row.get(k) for k in ("kind", "op", "job", "shape", "dtype", "layout", "direction", "provider"))
 
 
 def _duration(seconds: float) -> str:
@@ -51,23 +27,6 @@ def _duration(seconds: float) -> str:
 def _table(header: list[str], body: Iterable[list[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
-
-
-def groups(rows: Rows, kind: str) -> dict[tuple, Rows]:
-    """Rows of one case together, in the order of the file."""
-    found: dict[tuple, Rows] = {}
-    for row in rows:
-        if row["kind"] == kind:
-            found.setdefault(key(row)[:-1], []).append(row)
-    return found
-
-
-def timed(rows: Rows) -> Rows:
-    return [row for row in rows if "median" in row]
-
-
-def is_ours(row: dict[str, Any]) -> bool:
-    return row["provider"] in dispatch.BACKENDS or row["provider"].startswith("ours")
 
 
 def op_table(rows: Rows) -> str:

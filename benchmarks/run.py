@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import gate, jobs, machine, measure, ops, peers, report
+from benchmarks import gate, jobs, machine, measure, ops, peers
 from benchmarks.budget import NOT_REACHED, Budget
+from benchmarks.rows import key
 from cnkernels import dispatch
 
 logger = logging.getLogger("benchmarks")
@@ -137,10 +138,10 @@ def merge(table: dict[tuple, dict], rows: list[dict]) -> None:
     A second measurement of a case that ran out of budget half-way and lost a time changes reasons only, so that times
     of two measurements are never mixed.
     """
-    lost = any("median" in table[report.key(row)] and "median" not in row for row in rows)
+    lost = any("median" in table[key(row)] and "median" not in row for row in rows)
     for row in rows:
-        if not lost or ("median" not in table[report.key(row)] and "median" not in row):
-            table[report.key(row)] = row
+        if not lost or ("median" not in table[key(row)] and "median" not in row):
+            table[key(row)] = row
 
 
 def run(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -155,7 +156,7 @@ def run(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> 
     before = machine.ceilings(device, dtypes)
     result = {"machine": machine.describe(device), "finished": False, "ceilings_before": before, "tests": statuses}
     blank, todo = steps(options, device, before, statuses, budget)
-    table = {report.key(row): row for row in blank}
+    table = {key(row): row for row in blank}
     for step in todo:
         if budget.left() <= step.least:
             logger.info("not reached within the budget: %s", step.label)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from controlnet import checkpoints
 from controlnet.conditioning import AutoencoderKL, CLIPTextEncoder, Conditioning, SpaceToDepth, WordEmbedder
@@ -56,14 +57,16 @@ def build_model(config: Mapping[str, Any], *, weights: bool = True) -> Controlle
     return model.to(memory_format=torch.channels_last) if config["channels_last"] else model
 
 
-def build_conditioning(config: Mapping[str, Any], *, weights: bool = True) -> Conditioning:
-    """First stage and condition stage, frozen, each in the precision of its `precision` key (float32 by default).
+def build_conditioning(config: Mapping[str, Any], *, weights: bool = True, precision: str = "fp32") -> Conditioning:
+    """First stage and condition stage, frozen, each in the precision of its `precision` key.
 
-    Arguments: as `build_model`. `first_stage_model.*` and `cond_stage_model.*` of `ckpt_path` replace what the stages'
-    own `from_pretrained` give, unless load_vae or load_encoder is false.
+    Arguments: as `build_model`; `precision` is that of a stage without the key, but a first stage, which overflows in
+    fp16, then has bf16, or fp32 on a GPU without bf16. A VAE runs on our fused blocks (`controlnet.accelerate`).
+    `first_stage_model.*` and `cond_stage_model.*` of `ckpt_path` replace what the stages' own `from_pretrained` give,
+    unless load_vae or load_encoder is false.
     Raises ConfigError when a stage does not fit the U-Net or has no weights; CheckpointError, FileNotFoundError.
     """
-    stages = {}
+    built = {}
     path = config["ckpt_path"] if weights and not config["load_only_unet"] else None
     parts = checkpoints.parts(path) if path else ()
     for key, flag in (("first_stage_config", "load_vae"), ("cond_stage_config", "load_encoder")):
@@ -71,14 +74,34 @@ def build_conditioning(config: Mapping[str, Any], *, weights: bool = True) -> Co
         node = dict(require_part(config, key))
         if not weights:
             node.pop("from_pretrained", None)
-        stage = stages[part] = instantiate(node)
+        if node.get("precision") is None and "precision" in stages.ARGUMENTS[canonical_target(node["_target_"])]:
+            node["precision"] = _without_overflow(precision) if part == "first_stage" else precision
+        stage = built[part] = instantiate(node)
         if part in parts and config[flag] and hasattr(stage, "load"):
             stage.load(checkpoints.part_tensors(path, part), path)
         elif weights and node["_target_"].endswith("AutoencoderKL") and not node.get("from_pretrained"):
             raise ConfigError(f"model.{key}.from_pretrained is not given; expected the file or folder of its weights")
-    conditioning = Conditioning(stages["first_stage"], stages["cond_stage"], config["scale_factor"])
+    if isinstance(built["first_stage"], AutoencoderKL):
+        _accelerate(built["first_stage"].vae)
+    conditioning = Conditioning(built["first_stage"], built["cond_stage"], config["scale_factor"])
     _check_stages(conditioning, config)
     return conditioning
+
+
+def _accelerate(vae: nn.Module) -> None:
+    """Gives the VAE our fused blocks, in place; a release of diffusers that they do not know keeps its own."""
+    from controlnet.diffusers import accelerate  # diffusers is an optional package
+
+    try:
+        accelerate(vae)
+    except ImportError as error:
+        logger.warning("the first stage runs diffusers' own blocks: %s", error)
+
+
+def _without_overflow(precision: str) -> str:
+    if precision != "fp16":
+        return precision
+    return "bf16" if not torch.cuda.is_available() or torch.cuda.is_bf16_supported(False) else "fp32"
 
 
 def instantiate(node: Mapping[str, Any]) -> Any:

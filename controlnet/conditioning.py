@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ DDCONFIG = (
 class Conditioning(nn.Module):
     """First stage and condition stage, frozen: what turns images and captions into what the U-Net is trained on.
 
-        latents = scale_factor * first_stage.encode(images);  context = cond_stage(captions)
+        latents = scale_factor * first_stage.encode(images);  context = cond_stage(tokenize(captions))
 
     Arguments:
         first_stage: `AutoencoderKL` or `SpaceToDepth`.
@@ -29,7 +29,8 @@ class Conditioning(nn.Module):
         scale_factor: brings the latents to about unit variance.
 
     Each stage computes in its own precision, whatever autocast says, and answers in float32. There are no gradients,
-    and `train()` leaves it in evaluation mode.
+    and `train()` leaves it in evaluation mode. `tokenize` is the condition stage's: captions -> int64 [N, T] on the
+    CPU, a small object of its own, which workers of a data loader take along.
     """
 
     def __init__(self, first_stage: nn.Module, cond_stage: nn.Module, scale_factor: float = 1.0):
@@ -37,6 +38,8 @@ class Conditioning(nn.Module):
         self.first_stage = first_stage
         self.cond_stage = cond_stage
         self.scale_factor = scale_factor
+        self.tokenize = cond_stage.tokenize
+        self._no_caption: Tensor | None = None  # tokens [1, T] of the empty caption, made when first asked for
         self.requires_grad_(False)
         self.eval()
 
@@ -89,12 +92,57 @@ class Conditioning(nn.Module):
             return self.first_stage.decode(latents.float() / self.scale_factor).float().clamp(-1, 1)
 
     @torch.no_grad()
-    def context(self, captions: Sequence[str]) -> Tensor:
-        """The captions' context, float32 [N, T, context_dim]. The empty caption is the unconditional one."""
+    def context(self, captions: Sequence[str] | Tensor) -> Tensor:
+        """The context, float32 [N, T, context_dim], of captions or of their tokens int64 [N, T].
+
+        The empty caption is the unconditional one.
+        """
         if isinstance(captions, str):
             raise TypeError(f"captions is the one text {captions!r}; expected a list of texts")
+        tokens = captions if isinstance(captions, Tensor) else self.tokenize(list(captions))
         with torch.autocast(self.device.type, enabled=False):
-            return self.cond_stage(list(captions)).float()
+            return self.cond_stage(_sent(tokens, self.device)).float()
+
+    def batch_latents(self, batch: Mapping[str, Any], generator: torch.Generator | None = None) -> Tensor:
+        """The latents of a batch of images, or of a cached one; nothing waits for the device.
+
+        Args:
+            batch: "images" as `latents` takes them, or "moments", [N, 2, C, h, w] mean and standard deviation of the
+                posterior, or [N, 1, C, h, w] of a first stage without one, before the scale factor.
+        """
+        if "images" in batch:
+            return self.latents(_sent(batch["images"], self.device), generator)
+        mean, *deviation = _sent(batch["moments"], self.device).float().unbind(1)
+        for std in deviation:
+            mean = mean + std * _noise_like(mean, generator)
+        return mean * self.scale_factor
+
+    def batch_context(self, batch: Mapping[str, Any], dropped: Tensor) -> Tensor:
+        """The context of a batch; nothing waits for the device.
+
+        Args:
+            batch: "states" [N, T, D] and "no_caption" [T, D], cached; or "tokens" int64 [N, T]; or "captions".
+            dropped: bool [N] on the CPU; these captions are replaced by the empty one.
+        """
+        if "states" in batch:
+            states, empty = (_sent(batch[name], self.device).float() for name in ("states", "no_caption"))
+            return torch.where(_sent(dropped, self.device)[:, None, None], empty, states)
+        tokens = batch["tokens"] if "tokens" in batch else self.tokenize(batch["captions"])
+        if self._no_caption is None:
+            self._no_caption = self.tokenize([""])
+        return self.context(torch.where(dropped[:, None], self._no_caption, tokens))
+
+
+def _noise_like(mean: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = mean.device if generator is None else generator.device
+    return torch.randn(mean.shape, generator=generator, device=device).to(mean.device, non_blocking=True)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for the copy: from pinned memory, which the copy keeps alive."""
+    if device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class SpaceToDepth(nn.Module):
@@ -113,12 +161,19 @@ class SpaceToDepth(nn.Module):
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return nn.functional.pixel_unshuffle(images, self.factor)
 
+    def moments(self, images: Tensor) -> Tensor:
+        """The latents as [N, 1, C, h, w]: there is no posterior, and so no standard deviation."""
+        return self.encode(images).unsqueeze(1)
+
     def decode(self, latents: Tensor) -> Tensor:
         return nn.functional.pixel_shuffle(latents, self.factor)
 
 
 class AutoencoderKL(nn.Module):
     """The variational autoencoder of Stable Diffusion, by diffusers.
+
+    It encodes in `precision` and always decodes in float32: in bf16 the pictures lose levels of brightness, and in fp16
+    the decoder's activations leave the range of the type, which gives black pictures or NaN.
 
     Arguments:
         from_pretrained: a diffusers folder (of the VAE, or of a pipeline, whose `vae` is taken); or a file
@@ -129,7 +184,8 @@ class AutoencoderKL(nn.Module):
             works), `double_z` (the encoder always gives mean and variance) and `dropout` (it is never trained) have
             no effect.
         embed_dim: channels of the latent.
-        precision: "fp32", "fp16" or "bf16" (and their usual spellings). Stable Diffusion's VAE overflows in fp16.
+        precision: of encoding: "fp32", "fp16" or "bf16" (and their usual spellings). Stable Diffusion's VAE overflows
+            in fp16.
     Raises ImportError without diffusers; CheckpointError or FileNotFoundError for the weights; ValueError for an
         architecture with attention outside the middle block.
     """
@@ -152,7 +208,10 @@ class AutoencoderKL(nn.Module):
             self.vae = diffusers.AutoencoderKL(**_vae_architecture(ddconfig or {}, embed_dim))
             if from_pretrained is not None:
                 self.load(checkpoints.part_tensors(from_pretrained, "first_stage"), from_pretrained)
-        self.vae.to(dtype(precision, "precision")).requires_grad_(False).eval()
+        self.vae.requires_grad_(False).eval()
+        for part in (self.vae.encoder, self.vae.quant_conv):
+            if part is not None:
+                part.to(dtype(precision, "precision"))
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.latent_channels = self.vae.config.latent_channels
 
@@ -162,11 +221,16 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A draw from the posterior: mean + std * noise."""
-        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
-        return posterior.sample(generator)
+        mean, std = self.moments(images).unbind(1)
+        return mean + std * _noise_like(mean, generator)
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Mean and standard deviation of the posterior, float32 [N, 2, C, h, w]."""
+        posterior = self.vae.encode(images.to(self.vae.encoder.conv_in.weight.dtype)).latent_dist
+        return torch.stack([posterior.mean.float(), posterior.std.float()], 1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents.to(self.vae.dtype)).sample
+        return self.vae.decode(latents.float()).sample
 
 
 class CLIPTextEncoder(nn.Module):
@@ -206,7 +270,7 @@ class CLIPTextEncoder(nn.Module):
         if (Path(version) / "text_encoder").is_dir():
             model, tokenizer = Path(version) / "text_encoder", Path(version) / "tokenizer"
         try:
-            self.tokenizer = transformers.CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True)
+            words = transformers.CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True)
             self.encoder = transformers.CLIPTextModel.from_pretrained(model, local_files_only=True)
         except OSError as error:
             raise FileNotFoundError(
@@ -218,6 +282,7 @@ class CLIPTextEncoder(nn.Module):
         if not 1 <= max_length <= positions:
             raise ValueError(f"max_length is {max_length}; expected 1 to {positions}, the model's positions")
         self.max_length = max_length
+        self.tokenize = ClipTokens(words, max_length)
         self.layer = {"last": None, "penultimate": -2, "hidden": layer_idx}[layer]
         self.normed = layer != "hidden"
         if from_pretrained is not None:
@@ -231,16 +296,23 @@ class CLIPTextEncoder(nn.Module):
         found = {own[name]: tensor for name, tensor in renamed.items() if name in own}
         checkpoints.fill(self.encoder, found, origin, lambda name: name.endswith("position_ids"))
 
-    def forward(self, captions: list[str]) -> Tensor:
-        """The context [N, max_length, context_dim]."""
-        tokens = self.tokenizer(
-            captions, truncation=True, max_length=self.max_length, padding="max_length", return_tensors="pt"
-        )
-        ids = tokens["input_ids"].to(self.encoder.device)  # [N, max_length]
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The context [N, T, context_dim] of tokens int64 [N, T], T at most max_length."""
         if self.layer is None:
-            return self.encoder(input_ids=ids).last_hidden_state
-        hidden = self.encoder(input_ids=ids, output_hidden_states=True).hidden_states[self.layer]
+            return self.encoder(input_ids=tokens).last_hidden_state
+        hidden = self.encoder(input_ids=tokens, output_hidden_states=True).hidden_states[self.layer]
         return _final_norm(self.encoder)(hidden) if self.normed else hidden
+
+
+class ClipTokens(NamedTuple):
+    """Captions -> CLIP's token numbers, int64 [N, max_length], on the CPU."""
+
+    tokenizer: Any
+    max_length: int
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        options = {"truncation": True, "max_length": self.max_length, "padding": "max_length", "return_tensors": "pt"}
+        return self.tokenizer(list(captions), **options)["input_ids"]
 
 
 class WordEmbedder(nn.Module):
@@ -274,7 +346,7 @@ class WordEmbedder(nn.Module):
                 f"vocabulary has {len(vocabulary)} words, among them {bad[:3]}; expected different words, at least one,"
                 " of lower-case letters and digits"
             )
-        self.index = {word: i + 2 for i, word in enumerate(vocabulary)}  # 0 is nothing, 1 unknown
+        self.tokenize = WordTokens({word: i + 2 for i, word in enumerate(vocabulary)}, max_length)
         self.context_dim = dim
         self.max_length = max_length
         generator = torch.Generator().manual_seed(0)
@@ -290,18 +362,23 @@ class WordEmbedder(nn.Module):
         """Takes the tables `embedding.weight` and `position.weight`."""
         checkpoints.fill(self, tensors, origin, lambda name: False)
 
-    def tokens(self, captions: list[str]) -> Tensor:
-        """Word numbers, int64 [N, max_length]."""
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The context [N, max_length, dim] of tokens int64 [N, max_length]."""
+        return self.embedding(tokens) + self.position.weight
+
+
+class WordTokens(NamedTuple):
+    """Captions -> word numbers, int64 [N, max_length], on the CPU: 0 is nothing, 1 an unknown word."""
+
+    index: dict[str, int]
+    max_length: int
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
         rows = torch.zeros(len(captions), self.max_length, dtype=torch.int64)
         for row, caption in zip(rows, captions, strict=True):
             numbers = [self.index.get(word, 1) for word in _words(caption)[: self.max_length]]
             row[: len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
         return rows
-
-    def forward(self, captions: list[str]) -> Tensor:
-        """The context [N, max_length, dim]."""
-        tokens = self.tokens(captions).to(self.embedding.weight.device)
-        return self.embedding(tokens) + self.position.weight
 
 
 def _words(text: str) -> list[str]:

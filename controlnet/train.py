@@ -12,10 +12,11 @@ import argparse
 import hashlib
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,10 +24,13 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from controlnet import build, command, config
 from controlnet.config import ConfigError
-from controlnet.data import build_loader
+from controlnet.config.rules import seconds
+from controlnet.data import DataError, SyntheticLoader, build_loader, cached
 from controlnet.extras import quiet_libraries, require
-from controlnet.training.distributed import RankError, StopRequest, World, start
+from controlnet.training.distributed import Interrupted, RankError, StopRequest, World, start
+from controlnet.training.lock import RunLock
 from controlnet.training.trainer import Trainer
+from controlnet.training.validation import Validation
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -80,26 +84,72 @@ def check_ranks(world: World, cfg: DictConfig, model: nn.Module) -> None:
 def prepare(cfg: DictConfig, world: World, stop: StopRequest) -> Trainer:
     """Builds everything that a configuration names and checks it, before the first step."""
     torch.backends.cudnn.benchmark = cfg.trainer.benchmark
-    torch.use_deterministic_algorithms(cfg.trainer.deterministic)
+    if torch.are_deterministic_algorithms_enabled() != cfg.trainer.deterministic:  # the call imports all of Inductor
+        torch.use_deterministic_algorithms(cfg.trainer.deterministic)
     torch.manual_seed(cfg.model.seed)  # equal initial weights on all ranks
     model = build.build_model(cfg.model)
-    conditioning = build.build_conditioning(cfg.model)
+    conditioning = build.build_conditioning(cfg.model, precision=cfg.trainer.precision)
     check_ranks(world, cfg, model)
     torch.manual_seed(cfg.model.seed + world.rank)  # from here on ranks differ, in dropout too
+    limit = cfg.exp_manager.max_time_per_run
+    stop.limit(None if limit is None else seconds(limit, "exp_manager.max_time_per_run"))
+    data = Data(cfg, world, conditioning, model.control.arch.hint_channels)
+    return Trainer(cfg, world, model, conditioning, data.training, stop, validation=data.validation())
 
-    def make_loader(position):
+
+class Data:
+    """The batches of this rank: of training, from any position on, and of the validation set."""
+
+    def __init__(self, cfg: DictConfig, world: World, conditioning: Any, hint_channels: int):
+        self.cfg, self.world, self.conditioning, self.hint_channels = cfg, world, conditioning, hint_channels
+
+    def _loader(self, data: Mapping[str, Any], position: Any) -> Any:
         return build_loader(
-            cfg.data,
-            factor=conditioning.factor,
-            batch_size=cfg.model.micro_batch_size,
-            seed=cfg.model.seed,
-            rank=world.rank,
-            world_size=world.size,
+            data,
+            factor=self.conditioning.factor,
+            batch_size=self.cfg.model.micro_batch_size,
+            seed=self.cfg.model.seed,
+            rank=self.world.rank,
+            world_size=self.world.size,
             start=position,
-            hint_channels=model.control.arch.hint_channels,
+            hint_channels=self.hint_channels,
+            tokenize=self.conditioning.tokenize,
+            encoded=lambda: cached.settings(self.cfg, self.conditioning),
         )
 
-    return Trainer(cfg, world, model, conditioning, make_loader, stop)
+    def training(self, position: Any) -> Any:
+        """The loader that goes on at a position; None is the start."""
+        if self.cfg.data.synthetic_data:
+            return SyntheticLoader(
+                self.cfg.data,
+                factor=self.conditioning.factor,
+                batch_size=self.cfg.model.micro_batch_size,
+                rank=self.world.rank,
+                world_size=self.world.size,
+                start=position,
+                hint_channels=self.hint_channels,
+            )
+        return self._loader(self.cfg.data, position)
+
+    def validation(self) -> Validation | None:
+        """The validation set of data.validation, or None where it names no shards."""
+        data, every = self.cfg.data, self.cfg.trainer.val_check_interval
+        if not data.validation.dataset_path:
+            return None
+        if every is None or every < 1 or every != int(every):
+            raise ConfigError(f"trainer.val_check_interval is {every}; expected the steps between two validations")
+        limit = self.cfg.trainer.limit_val_batches or None
+        same_order = {**data.webdataset, "shuffle_buffer": 0, "infinite_sampler": False}
+        section = {"num_workers": 0, "train": data.validation, "webdataset": same_order}
+
+        def batches() -> Any:
+            try:
+                return self._loader(section, None)
+            except DataError as error:
+                raise DataError(str(error).replace("data.train", "data.validation")) from error
+
+        batches()  # an empty set is an error before the first step
+        return Validation(batches, int(every), limit, self.cfg.model.seed)
 
 
 def _announce(trainer: Trainer) -> None:
@@ -132,20 +182,36 @@ def main(argv: Sequence[str] | None = None) -> None:
             if cfg.exp_manager.create_tensorboard_logger:
                 why = "or set exp_manager.create_tensorboard_logger=False"
                 require("tensorboard", extra="train", wanted_by=f"it draws the curves of a run; {why}")
-            world = start(cfg.trainer.devices, cfg.trainer.num_nodes, cfg.trainer.accelerator)
+            if cfg.exp_manager.create_wandb_logger:
+                why = "or set exp_manager.create_wandb_logger=False"
+                require("wandb", extra="train", wanted_by=f"it shows the run on a server; {why}")
+            world = start(cfg.trainer.devices, cfg.trainer.num_nodes, cfg.trainer.accelerator, cfg.trainer.rank_timeout)
             trainer = prepare(cfg, world, stop)
+            lock = RunLock(trainer.folder)
+            world.on_first(lock.acquire)
             trainer.resume()
         except (ValueError, OSError, ImportError, RankError) as error:
             # Bad input, found before training: its message says all, a traceback would hide it.
             sys.exit(f"error: {error}")
         if world.is_first:
             _announce(trainer)
-        stopped = trainer.fit()
+        try:
+            stopped = trainer.fit()
+        except Interrupted:
+            logger.warning("stopped by %s before the first step; nothing was trained that is not saved", stop.reason)
+            sys.exit(128 + stop.signal)
+        except RankError as error:
+            saved = f"step {trainer.saved_step} is saved" if trainer.saved_step else "no checkpoint was saved"
+            sys.exit(f"error: rank {world.rank} ends at step {trainer.step}: {error}; {saved} in {trainer.folder}")
+        except OSError as error:  # the disk; see Trainer.save
+            sys.exit(f"error: {error}")
+        finally:
+            lock.release()
         world.close()
     if stopped:
-        reason = stop.signal.name if stop.signal else "a signal to another rank"
-        logger.warning("stopped by %s; step %d is saved in %s", reason, trainer.step, trainer.folder)
-        sys.exit(128 + (stop.signal or 15))
+        logger.warning("stopped by %s; step %d is saved in %s", stop.reason, trainer.step, trainer.folder)
+        if stop.signal is not None or not stop.requested:
+            sys.exit(128 + (stop.signal or signal.SIGTERM))
     logger.info("finished: step %d, %d images seen, in %s", trainer.step, trainer.images_seen, trainer.folder)
 
 

@@ -3,9 +3,11 @@
     RUN/checkpoints/step-XXXXXXXX/{control,unet,ema}.safetensors, state.pt, rng-rankN.pt, config.yaml, manifest.json
 
 A checkpoint is written under a temporary name, synced to disk, the manifest last, and moved into place in one step: a
-folder with the final name is complete, however the run ended. Nothing here knows a trainer.
+folder with the final name is complete, however the run ended. The manifest holds size and sha256 of each of the other
+files, and its own. Nothing here knows a trainer.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -15,12 +17,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2  # 1 had no digest of the manifest itself, and is still read
 CHECKPOINTS = "checkpoints"  # folder of a run
 MANIFEST = "manifest.json"
 CONTROL, UNET = "control.safetensors", "unet.safetensors"
 CONFIG = "config.yaml"
 AVERAGE = "ema.safetensors"
+
+_NO_DIGEST = b"0" * 64
+_OWN_DIGEST = re.compile(rb'"sha256": "([0-9a-f]{64})"\n}\Z')  # the manifest's last entry, of it with zeros there
 
 
 def _sync(path: Path) -> None:
@@ -48,24 +53,63 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None when every file has the size and content that its manifest names."""
+def manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Raises:
+        ValueError: it is missing, cannot be read, or is not what was written; the message says what is wrong with it.
+    """
+    file = path / MANIFEST
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        content = file.read_bytes()
+        tree = json.loads(content.decode("utf-8"))
     except FileNotFoundError:
-        return f"{path} has no {MANIFEST}: it was not saved to the end"
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        return f"{path / MANIFEST} is damaged: {error}"
-    if manifest.get("format") != FORMAT:
-        return f"{path} has format {manifest.get('format')}; expected {FORMAT}"
-    for name, expected in manifest["files"].items():
+        raise ValueError(f"{path} has no {MANIFEST}: it was not saved to the end") from None
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{file} is damaged: it holds a {type(tree).__name__}; expected an object")
+    if tree.get("format") not in (1, FORMAT):
+        raise ValueError(f"{path} has format {tree.get('format')}; expected {FORMAT}")
+    own = _OWN_DIGEST.search(content)
+    if own is not None:
+        zeroed = content[: own.start(1)] + _NO_DIGEST + content[own.end(1) :]
+        if hashlib.sha256(zeroed).hexdigest().encode() != own[1]:
+            raise ValueError(f"{file} is damaged: its content is not that of its own sha256")
+    elif tree["format"] != 1 or "sha256" in tree:
+        raise ValueError(f"{file} is damaged: it does not end with its own sha256")
+    files = tree.get("files")
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{file} is damaged: it names no files")
+    for name, facts in files.items():
+        described = isinstance(facts, dict) and type(facts.get("size")) is int and isinstance(facts.get("sha256"), str)
+        if not described or not re.fullmatch(r"[\w.-]+", name) or name in (".", "..", MANIFEST):
+            raise ValueError(f"{file} is damaged: the entry {name!r} is not a file's name, size and sha256")
+    return tree
+
+
+def fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None when every file has the size and content that its manifest names.
+
+    Never raises, whatever is in the folder.
+    """
+    try:
+        files = manifest(path)["files"]
+    except ValueError as error:
+        return str(error)
+    for name, expected in files.items():
         file = path / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != expected["size"]:
-            return f"{file} has {file.stat().st_size} bytes; expected {expected['size']}"
-        if _digest(file) != expected["sha256"]:
-            return f"{file} is damaged: its sha256 is not that of the manifest"
+        try:
+            if not file.is_file():
+                return f"{file} is missing"
+            if file.stat().st_size != expected["size"]:
+                return f"{file} has {file.stat().st_size} bytes; expected {expected['size']}"
+            if _digest(file) != expected["sha256"]:
+                return f"{file} is damaged: its sha256 is not that of the manifest"
+        except OSError as error:
+            return f"{file} cannot be read: {error.strerror or error}"
     return None
 
 
@@ -79,16 +123,27 @@ def newest_complete(folder: Path, report: Callable[[str], None] = lambda message
     return None
 
 
-def write(folder: Path, step: int, writers: Mapping[str, Callable[[Path], None]], facts: Mapping[str, Any]) -> Path:
+def write(
+    folder: Path,
+    step: int,
+    writers: Mapping[str, Callable[[Path], None]],
+    facts: Mapping[str, Any],
+    size: int = 0,
+) -> Path:
     """Writes a checkpoint so that it is there whole or not at all, and returns its path.
 
-    Arguments:
+    Args:
         folder: of the run's checkpoints.
         writers: file name -> a function that writes it to the path it is given.
         facts: entries for the manifest beside the files.
-    Raises OSError when the disk does not take it; earlier checkpoints are then untouched.
+        size: bytes that the files will have at least; not begun when the disk has fewer free.
+
+    Raises:
+        OSError: the disk does not take it; earlier checkpoints are then untouched. A full disk has errno ENOSPC, and a
+            message with the path, the bytes wanted and the bytes free.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _require_space(folder, size)
     final = folder / folder_name(step)
     temporary = folder / f"{final.name}.tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -97,14 +152,13 @@ def write(folder: Path, step: int, writers: Mapping[str, Callable[[Path], None]]
         files = {}
         for name, writer in writers.items():
             path = temporary / name
-            writer(path)
-            _sync(path)
+            try:
+                writer(path)
+                _sync(path)
+            except Exception as error:  # PyTorch and safetensors report a full disk as errors of their own
+                raise _disk_error(error, path, size) from error
             files[name] = {"size": path.stat().st_size, "sha256": _digest(path)}
-        manifest = {"format": FORMAT, "step": step, **facts, "files": files}
-        with open(temporary / MANIFEST, "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_manifest(temporary / MANIFEST, {"format": FORMAT, "step": step, **facts, "files": files})
         _sync(temporary)
         if final.exists():  # the run was taken up from an older step and came by here again
             replaced = folder / f"{final.name}.old-{os.getpid()}"
@@ -118,6 +172,43 @@ def write(folder: Path, step: int, writers: Mapping[str, Callable[[Path], None]]
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
+
+
+def _write_manifest(path: Path, tree: Mapping[str, Any]) -> None:
+    text = json.dumps({**tree, "sha256": _NO_DIGEST.decode()}, indent=1).encode()
+    own = _OWN_DIGEST.search(text)
+    digest = hashlib.sha256(text).hexdigest().encode()
+    with open(path, "wb") as file:
+        file.write(text[: own.start(1)] + digest + text[own.end(1) :])
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _require_space(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(
+            errno.ENOSPC, f"the disk is full: a checkpoint takes {_mb(size)}, {_mb(free)} are free", str(folder)
+        )
+
+
+def _disk_error(error: Exception, path: Path, size: int) -> Exception:
+    """The error itself, or for a disk that has become full one that says so."""
+    errors = [error, error.__cause__, error.__context__]
+    numbers = {getattr(each, "errno", None) for each in errors}
+    told = any(sign in str(error) for sign in ("os error 28", "No space left", "inline_container"))
+    if errno.ENOSPC not in numbers and not told:
+        return error
+    written = sum(file.stat().st_size for file in path.parent.iterdir())
+    free = shutil.disk_usage(path.parent).free
+    wanted = f" of about {_mb(size)}" if size else ""
+    return OSError(
+        errno.ENOSPC, f"the disk is full: {_mb(written)}{wanted} were written, {_mb(free)} are free", str(path)
+    )
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -11,12 +11,9 @@ from controlnet.config.schema import Key, flag, integer, mapping, number, only, 
 STAGE = object()  # a node with a _target_, described in `stages.py`
 
 _PLAIN_LOSS = "the loss is the plain mean squared error"
-_NO_VALIDATION = "there is no validation loop: samples are drawn by model.image_logger"
-_NO_LOOP = "without validation there is nothing to time"
 _ONE = "ranks are data-parallel: each holds the whole model"
 _GRADIENT_BUCKETS = "gradients travel in the buckets of DistributedDataParallel"
 _PICKLED = "a checkpoint is a folder named by its step"
-_REPORTS = "metrics go to metrics.jsonl and TensorBoard"
 
 _AUGMENTATIONS = {
     "resize_smallest_side": integer(None, "length that the smaller side is brought to", low=1, high=65536),
@@ -50,6 +47,29 @@ _PROFILE = {
     "trace": silent(None, "of the profile"),
 }
 
+# A set of shards: `data.train`, `data.validation`.
+_SHARDS = {
+    "dataset_path": Key(
+        (str, list), [], "tar files, with braces or wildcards, or wdinfo .pkl files", items=text(..., "")
+    ),
+    "augmentations": _AUGMENTATIONS,
+    "buckets": mapping("sizes of the crop, of which each image takes the one nearest to its shape", _BUCKETS),
+    "hint": {
+        "kind": text("picture", "what a hint is: a picture, or a map of class ids", choices=("picture", "labels")),
+        "palette": text(None, "colours of class ids: ade20k, cocostuff, or a file"),
+        "ground": text("white", "colour that transparent hints are laid on"),
+    },
+    "filterings": mapping("which samples are used", _FILTERINGS),
+    "data_sharding": flag(True, "a rank has the same shards in every epoch; false deals them anew"),
+    "extensions": {
+        "image": text("jpg;jpeg;webp", "of the members that are images; alternatives as jpg;webp"),
+        "caption": text("txt", "of the captions"),
+        "hint": text("png;npy", "of the hints"),
+    },
+    "ignored_extensions": several([], "members that are not read", text(..., "")),
+    "max_bad_fraction": number(0.05, "share of unusable samples that ends the run", low=0, high=1),
+}
+
 SCHEMA: dict[str, Any] = {
     "name": silent("controlnet", "for interpolation alone; exp_manager.name names the run"),
     "run": silent(None, "the launcher's own section"),
@@ -79,17 +99,20 @@ SCHEMA: dict[str, Any] = {
         "benchmark": flag(False, "let cuDNN choose convolutions by timing them"),
         "enable_model_summary": silent(True, "the parameter counts are always printed"),
         "enable_progress_bar": flag(True, "a bar on a terminal, lines in a log"),
-        "limit_val_batches": only(None, _NO_VALIDATION, 0),
-        "val_check_interval": silent(None, _NO_LOOP),
-        "num_sanity_val_steps": silent(None, _NO_LOOP),
+        "limit_val_batches": integer(None, "batches of data.validation, of each rank; 0 or null for all", low=0),
+        "val_check_interval": number(None, "steps between two losses of data.validation", low=0),
+        "num_sanity_val_steps": silent(None, "the validation set is read once before the first step"),
+        "control_sensitivity_every_n_steps": integer(100, "steps between two rows with control_sensitivity", low=0),
+        "rank_timeout": number(1800.0, "seconds after which a rank gives up waiting for another one", above=0),
         "resume_from_checkpoint": text(None, "as exp_manager.resume_from_checkpoint"),
     },
     "exp_manager": {
         "explicit_log_dir": text(None, "folder of the run"),
         "exp_dir": text(None, "else the run is in exp_dir/name (default runs)"),
         "name": text(None, "see exp_dir (default controlnet)"),
-        "create_wandb_logger": only(False, "Weights & Biases is not written; " + _REPORTS),
-        "wandb_logger_kwargs": silent(None, "of the logger that create_wandb_logger asks for"),
+        "create_wandb_logger": flag(False, "metrics go to Weights & Biases, too; offline without a login"),
+        "wandb_logger_kwargs": Key((dict,), None, "arguments of wandb.init: project, name, entity, mode", True),
+        "log_step_timing": flag(True, "rows of metrics have step_seconds and data_seconds"),
         "create_tensorboard_logger": flag(True, "event files beside metrics.jsonl"),
         "create_checkpoint_callback": flag(True, "whether checkpoints are saved"),
         "checkpoint_callback_params": {
@@ -166,7 +189,7 @@ SCHEMA: dict[str, Any] = {
         "fused_opt": only(True, "the optimizer is one fused kernel"),
         "channels_last": flag(False, "memory format of the model"),
         "inductor": flag(False, "compile the step with TorchInductor"),
-        "inductor_cudagraphs": only(False, "compilation leaves CUDA graphs off; model.inductor compiles"),
+        "inductor_cudagraphs": flag(False, "with inductor: its mode reduce-overhead, which replays CUDA graphs"),
         "capture_cudagraph_iters": only(-1, "training captures no CUDA graph"),
         "gradient_as_bucket_view": flag(True, "gradients are views of the buckets of DistributedDataParallel"),
         "ddp_overlap": silent(True, _GRADIENT_BUCKETS),
@@ -210,31 +233,10 @@ SCHEMA: dict[str, Any] = {
     # `model.data` and `model.optim` (NeMo's place) are moved here.
     "data": {
         "num_workers": integer(0, "processes of a rank that decode; 0 decodes in the rank", low=0, high=4096),
-        "synthetic_data": only(False, "training reads shards; `make quickstart` makes some"),
-        "synthetic_data_length": silent(10000, "of what synthetic_data asks for"),
-        "train": {
-            "dataset_path": Key(
-                (str, list), [], "tar files, with braces or wildcards, or wdinfo .pkl files", items=text(..., "")
-            ),
-            "augmentations": _AUGMENTATIONS,
-            "buckets": mapping("sizes of the crop, of which each image takes the one nearest to its shape", _BUCKETS),
-            "hint": {
-                "kind": text(
-                    "picture", "what a hint is: a picture, or a map of class ids", choices=("picture", "labels")
-                ),
-                "palette": text(None, "colours of class ids: ade20k, cocostuff, or a file"),
-                "ground": text("white", "colour that transparent hints are laid on"),
-            },
-            "filterings": mapping("which samples are used", _FILTERINGS),
-            "data_sharding": flag(True, "a rank has the same shards in every epoch; false deals them anew"),
-            "extensions": {
-                "image": text("jpg;jpeg;webp", "of the members that are images; alternatives as jpg;webp"),
-                "caption": text("txt", "of the captions"),
-                "hint": text("png;npy", "of the hints"),
-            },
-            "ignored_extensions": several([], "members that are not read", text(..., "")),
-            "max_bad_fraction": number(0.05, "share of unusable samples that ends the run", low=0, high=1),
-        },
+        "synthetic_data": flag(False, "train on made-up samples of the crop's size, without shards"),
+        "synthetic_data_length": integer(10000, "samples of them in an epoch", low=1),
+        "train": _SHARDS,
+        "validation": _SHARDS,
         "webdataset": {
             "infinite_sampler": flag(False, "draw shards with replacement"),
             "local_root_path": text(None, "folder that relative paths start from"),

@@ -102,7 +102,7 @@ _FROZEN = {
     "freeze": only(None, "the condition stage is always frozen", True),
     "arch": silent(None, "the folder's own configuration decides"),
 }
-_precision = Key((int, str), "fp32", "fp32, fp16 or bf16")
+_precision = Key((int, str), None, "fp32, fp16 or bf16 (default trainer.precision)", True)
 
 ARGUMENTS: dict[str, dict[str, Key]] = {
     UNET: {

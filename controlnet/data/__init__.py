@@ -3,7 +3,8 @@
 `shards` finds the shards and the samples in them, `samples` decodes one sample, `loader` orders and batches them.
 """
 
-from controlnet.data.loader import ShardLoader, build_loader
+from controlnet.data.loader import ImageShards, ShardLoader, build_loader
 from controlnet.data.shards import DataError
+from controlnet.data.synthetic import SyntheticLoader
 
-__all__ = ["DataError", "ShardLoader", "build_loader"]
+__all__ = ["DataError", "ImageShards", "ShardLoader", "SyntheticLoader", "build_loader"]

@@ -7,18 +7,21 @@ import contextlib
 import signal
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from controlnet.data.advice import advice
 from controlnet.data.buckets import Buckets
+from controlnet.data.cached import Cached, encoded_extensions, mismatch, read_manifest
 from controlnet.data.hints import HintReader
 from controlnet.data.images import IMAGE_FORMATS
-from controlnet.data.samples import Resolution, Transform
-from controlnet.data.shards import DataError, Drop, list_shards, take_stock
+from controlnet.data.samples import BadSample, Decoded, Resolution, Transform, flip_probability, read_sample
+from controlnet.data.shards import DataError, Drop, index_shard, list_shards, take_stock
 from controlnet.data.stream import Cursor, Message, Plan, WorkerStream, judge
 
 DEFAULT_EXTENSIONS = {"image": "jpg;jpeg;webp", "caption": "txt", "hint": "png;npy"}
@@ -36,6 +39,8 @@ def build_loader(
     world_size: int = 1,
     start: Mapping[str, Any] | None = None,
     hint_channels: int = 3,
+    tokenize: Callable[[list[str]], torch.Tensor] | None = None,
+    encoded: Callable[[], Mapping[str, Any]] = dict,
 ) -> ShardLoader:
     """The batches of one rank.
 
@@ -67,6 +72,8 @@ def build_loader(
         rank, world_size: which of how many processes this is.
         start: a `ShardLoader.position` of the same rank; the batches that followed it follow here, bit for bit.
         hint_channels: of the ControlNet.
+        tokenize: captions -> token numbers int64 [N, T], made by the workers as "tokens" of a batch.
+        encoded: what the settings of shards of `controlnet.encode` must be, by name; asked for such shards only.
 
     Raises:
         DataError: no shards, too few for the ranks and workers, sizes that do not fit; all before the first batch.
@@ -88,6 +95,10 @@ def build_loader(
     max_bad_fraction = DEFAULT_MAX_BAD_FRACTION if bad is None else float(bad)
 
     shards, count = list_shards(train["dataset_path"], webdataset.get("local_root_path"), chunk_size)
+    cached = None
+    if shards and (tree := read_manifest(Path(shards[0]).parent)) is not None:
+        cached = _cached(shards, tree, encoded(), flip_probability(augmentations), hint_channels)
+        extensions = encoded_extensions(tree)
     survey = take_stock(shards, extensions, ignored, whole=count is None)
     if count is None:
         count = survey.samples
@@ -123,9 +134,25 @@ def build_loader(
         workers=workers,
         batch_size=batch_size,
         epoch_batches=count // (world_size * batch_size),
+        cached=cached,
+        tokenize=tokenize,
     )
     of_rank = set(survey.left_out[rank::world_size])  # no worker will open them and count what they lack
     return ShardLoader(plan, data.get("num_workers") or 0, start, [d for d in survey.drops if d.shard in of_rank])
+
+
+def _cached(
+    shards: Sequence[str], tree: Mapping[str, Any], wanted: Mapping[str, Any], flip: float, hint_channels: int
+) -> Cached:
+    """The reader of shards of `controlnet.encode`; DataError where they were made for another configuration."""
+    folders = {Path(shard).parent for shard in shards}
+    if len(folders) > 1:
+        raise DataError(f"data.train.dataset_path names encoded shards and others, in {len(folders)} folders")
+    folder = folders.pop()
+    problem = mismatch(tree["settings"], wanted)
+    if problem is not None:
+        raise DataError(f"{folder} was encoded for another configuration: {problem}. Encode the shards again")
+    return Cached.of(folder, tree, flip, hint_channels)
 
 
 def read_extensions(configured: Mapping[str, str] | None) -> tuple[tuple[tuple[str, str], ...], dict[str, str]]:
@@ -291,3 +318,51 @@ def _blocked_signals() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class ImageShards:
+    """All shards of `data.train`, sample by sample and without augmentation: what `controlnet.encode` reads.
+
+    Args:
+        data: as `build_loader`.
+        factor, hint_channels: as `build_loader`.
+
+    Raises:
+        DataError: as `build_loader`.
+    """
+
+    def __init__(self, data: Mapping[str, Any], *, factor: int, hint_channels: int = 3):
+        train = data["train"]
+        augmentations = train.get("augmentations") or {}
+        self._extensions, self._formats = read_extensions(train.get("extensions"))
+        self._ignored = tuple(str(each).lower().lstrip(".") for each in train.get("ignored_extensions") or ())
+        self._transform = Transform.from_config(augmentations, factor)._replace(flip=0.0)
+        self._resolution = Resolution.from_config(train.get("filterings") or {})
+        self.flip, self.crop = flip_probability(augmentations), self._transform.crop
+        try:
+            self._hints = HintReader.from_config(train.get("hint"), hint_channels)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        root = (data.get("webdataset") or {}).get("local_root_path")
+        self.shards = list_shards(train["dataset_path"], root)[0]
+
+    def samples(self, shard: str) -> Iterator[tuple[str, Decoded]]:
+        """Key and sample of all that is whole and admitted; what is not is a warning for each reason."""
+        index, told = index_shard(shard, self._extensions, self._ignored), set()
+        rng = np.random.default_rng(0)  # a centre crop draws nothing from it that counts
+        for drop in index.drops:
+            warnings.warn(f"left out: {drop}", stacklevel=2)
+        for sample in index.samples:
+            try:
+                read = read_sample(sample, self._formats, self._transform, self._resolution, rng, self._hints)
+            except BadSample as bad:
+                if str(bad) not in told:
+                    told.add(str(bad))
+                    warnings.warn(f"left out: {bad}, {sample.key} in {shard}", stacklevel=2)
+                continue
+            if read is not None:
+                yield sample.key, read
+
+    def count(self, path: Path, extensions: tuple[tuple[str, str], ...]) -> int:
+        """The whole samples of a shard with these extensions."""
+        return len(index_shard(str(path), extensions).samples)

@@ -200,6 +200,11 @@ class Decoded(NamedTuple):
     caption: str
     time_ids: tuple[int, ...]
 
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Samples of one size make a batch."""
+        return self.image.shape[:2]
+
 
 def read_sample(
     sample: Sample,
@@ -227,7 +232,7 @@ def read_sample(
     Raises:
         BadSample: it cannot be decoded, or image and hint differ in size.
     """
-    found = decode(_read_members(sample), formats, hints or HintReader(), resolution, notes)
+    found = decode(read_members(sample), formats, hints or HintReader(), resolution, notes)
     if found is None:
         return None
     picture, hint, caption = found
@@ -269,7 +274,7 @@ def decode(
 
 def check_sample(sample: Sample, formats: Mapping[str, str], hints: HintReader, notes: list[str] | None = None) -> None:
     """Raises BadSample where training could not use the sample, whatever its crop."""
-    decode(_read_members(sample), formats, hints, None, notes)
+    decode(read_members(sample), formats, hints, None, notes)
 
 
 def _of(role: str, step, *arguments):
@@ -280,7 +285,7 @@ def _of(role: str, step, *arguments):
         raise BadSample(f"{role} {error}") from error
 
 
-def _read_members(sample: Sample) -> dict[str, bytes]:
+def read_members(sample: Sample) -> dict[str, bytes]:
     """The bytes of each role, of the shard that was indexed and no other under its name."""
     data = {}
     try:

@@ -10,7 +10,7 @@ three numbers (epoch, lap, samples taken) and the places of the samples that wai
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from controlnet.data.advice import advice, cure
 from controlnet.data.buckets import Buckets
+from controlnet.data.cached import Cached, CachedSample
 from controlnet.data.hints import HintReader, unit
 from controlnet.data.samples import BadSample, Decoded, ReplacedShard, Resolution, Transform, read_sample
 from controlnet.data.shards import DataError, Drop, Sample, index_shard
@@ -50,6 +51,8 @@ class Plan(NamedTuple):
     workers: int
     batch_size: int
     epoch_batches: int
+    cached: Cached | None = None  # the shards are of controlnet.encode
+    tokenize: Callable[[list[str]], torch.Tensor] | None = None  # captions -> int64 [N, T]
 
     @property
     def dealt_anew(self) -> bool:
@@ -99,7 +102,7 @@ class Message(NamedTuple):
 
 
 class _Taken(NamedTuple):
-    decoded: Decoded
+    decoded: Decoded | CachedSample
     key: str
     place: Place
 
@@ -156,12 +159,12 @@ class WorkerStream(IterableDataset):
                 if taken is not None:
                     found, batch = True, self._join(waiting, taken)
             cursor = cursor._replace(waiting=tuple(each.place for row in waiting.values() for each in row))
-            yield _collate(batch), cursor
+            yield _collate(batch, self.plan), cursor
             number += plan.workers
 
     def _join(self, waiting: _Waiting, taken: _Taken) -> list[_Taken] | None:
         """Adds a sample to those of its size; the batch that it completes, if it does."""
-        size = taken.decoded.image.shape[:2]
+        size = taken.decoded.size
         row = waiting.setdefault(size, [])
         row.append(taken)
         return waiting.pop(size) if len(row) == self.plan.batch_size else None
@@ -249,7 +252,7 @@ class WorkerStream(IterableDataset):
         rng = self._rng(place.epoch, 6, plan.rank, worker, place.lap, place.taken)
         try:
             try:
-                decoded = read_sample(sample, plan.formats, plan.transform, plan.resolution, rng, plan.hints, notes)
+                decoded = self._decode(sample, rng, notes)
             except ReplacedShard:
                 decoded = self._read_replaced(sample, rng, notes)
         except BadSample as bad:
@@ -262,12 +265,20 @@ class WorkerStream(IterableDataset):
                 self.notes.append(f"{note} (first: {sample.key} in {sample.shard})")
         return None if decoded is None else _Taken(decoded, sample.key, place)
 
-    def _read_replaced(self, sample: Sample, rng: np.random.Generator, notes: list[str]) -> Decoded | None:
+    def _decode(self, sample: Sample, rng: np.random.Generator, notes: list[str]) -> Decoded | CachedSample | None:
+        plan = self.plan
+        if plan.cached is not None:
+            return plan.cached.read(sample, rng)
+        return read_sample(sample, plan.formats, plan.transform, plan.resolution, rng, plan.hints, notes)
+
+    def _read_replaced(
+        self, sample: Sample, rng: np.random.Generator, notes: list[str]
+    ) -> Decoded | CachedSample | None:
         """The sample of the same key in the file that now has the shard's name."""
         plan = self.plan
         for again in index_shard(sample.shard, plan.extensions, plan.ignored).samples:
             if again.key == sample.key:
-                return read_sample(again, plan.formats, plan.transform, plan.resolution, rng, plan.hints, notes)
+                return self._decode(again, rng, notes)
         raise ReplacedShard
 
     def _drop(self, drop: Drop) -> None:
@@ -285,13 +296,18 @@ def judge(bad: int, seen: int, tolerated: float, drops: list[Drop]) -> None:
         )
 
 
-def _collate(samples: list[_Taken]) -> dict[str, Any]:
+def _collate(samples: list[_Taken], plan: Plan) -> dict[str, Any]:
     decoded = [sample.decoded for sample in samples]
+    if plan.cached is not None:
+        return {**plan.cached.collate(decoded), "keys": [sample.key for sample in samples]}
     images = torch.from_numpy(np.stack([each.image for each in decoded])).permute(0, 3, 1, 2).contiguous().float()
+    captions = [each.caption for each in decoded]
+    tokens = {} if plan.tokenize is None else {"tokens": plan.tokenize(captions)}
     return {
+        **tokens,
         "images": images.div_(127.5).sub_(1),  # [N, 3, H, W] in [-1, 1]
         "hint": torch.stack([unit(each.hint) for each in decoded]),  # [N, C, H, W] in [0, 1]
-        "captions": [each.caption for each in decoded],
+        "captions": captions,
         "keys": [sample.key for sample in samples],
         "time_ids": torch.tensor([each.time_ids for each in decoded]),  # [N, 6]
     }

@@ -73,8 +73,9 @@ def train(cfg: Mapping[str, Any], steps: int, output: Path, *, scenes: int = SCE
     start, losses = time.monotonic(), []
     for step in range(steps):
         picked = torch.randint(len(captions), (BATCH,), generator=streams.generator)
+        dropped = streams.dropped_prompts(BATCH, cfg.model.text_embedding_dropout_rate)
         x0, words = latents[picked], [captions[i] for i in picked.tolist()]
-        context = conditioning.context(streams.drop_prompts(words, cfg.model.text_embedding_dropout_rate))
+        context = conditioning.batch_context({"captions": words}, dropped)
         noise, t = streams.noise_and_timesteps(x0, schedule.timesteps)
         prediction = unet(schedule.add_noise(x0, noise, t), t, context)
         errors = (prediction - schedule.target(x0, noise, t)).square().mean((1, 2, 3))  # [N]

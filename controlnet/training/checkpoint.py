@@ -8,17 +8,16 @@ A checkpoint is a folder step-XXXXXXXX of
     state.pt              step, images seen, epoch, optimizer, scaler, schedule (loadable with weights_only=True)
     rng-rankN.pt          random streams and data position of rank N
     config.yaml           the configuration
-    manifest.json         size and sha256 of each of the others
+    manifest.json         size and sha256 of each of the others, and of itself
 
-It is written under a temporary name, synced to disk, the manifest last, and moved into place in one step: a folder with
-the final name is complete, however the run ended.
+`checkpoints.runs` writes it as files, whole or not at all; here is what is in them. Nothing here knows a trainer.
 """
 
+import contextlib
 import functools
-import json
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -33,9 +32,12 @@ from controlnet.checkpoints import CheckpointError
 from controlnet.checkpoints.runs import (
     AVERAGE,
     CHECKPOINTS,
+    CONFIG,
     MANIFEST,
     checkpoints,
     fault,
+    folder_name,
+    manifest,
     newest_complete,
     prune,
     write,
@@ -48,7 +50,8 @@ from controlnet.training.optim import trainable_tensors
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from controlnet.training.trainer import Trainer
+__all__ = ["AVERAGE", "CHECKPOINTS", "MANIFEST", "CheckpointError", "checkpoints", "fault", "folder_name"]
+__all__ += ["manifest", "newest_complete", "prune", "write"]  # of checkpoints.runs, for those who save and take up runs
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +108,7 @@ def load_model(model: ControlledUNet, path: Path) -> None:
             tensor.copy_(saved[key])
 
 
-def _read_average(model: ControlledUNet, path: Path) -> dict[str, Tensor]:
+def read_average(model: ControlledUNet, path: Path) -> dict[str, Tensor]:
     """The averaged weights of a checkpoint under the model's names."""
     saved = load_file(path / AVERAGE)
     own = {prefixed(name): name for name in trainable_tensors(model)}
@@ -118,7 +121,7 @@ def _read_average(model: ControlledUNet, path: Path) -> dict[str, Tensor]:
 def load_average(model: ControlledUNet, path: Path) -> None:
     """Puts the averaged weights of a checkpoint into the model, after `load_model`."""
     weights = trainable_tensors(model)
-    for name, tensor in _read_average(model, path).items():
+    for name, tensor in read_average(model, path).items():
         weights[name].copy_(tensor)
 
 
@@ -143,43 +146,49 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def rank_state(trainer: "Trainer") -> dict[str, Any]:
-    """What differs from rank to rank: random generators and the position in the data."""
-    return {
-        "global": random_state(trainer.world.device),
-        "streams": trainer.streams.state_dict(),
-        "position": trainer.loader.position,
-    }
+def save(
+    folder: Path,
+    model: ControlledUNet,
+    averages: Mapping[str, Tensor] | None,
+    state: Mapping[str, Any],
+    ranks: Sequence[Mapping[str, Any]],
+    cfg: "DictConfig",
+) -> Path:
+    """Saves a checkpoint; called on rank 0.
 
+    Args:
+        folder: of the run's checkpoints.
+        model: whose trained weights are saved.
+        averages: the averaged weights, by the names of `trainable_tensors`; None for none.
+        state: what all ranks share, with its `step`; tensors and plain values.
+        ranks: the state of every rank, by rank.
+        cfg: the configuration.
 
-def save(trainer: "Trainer", ranks: Sequence[Mapping[str, Any]]) -> Path:
-    """Saves a checkpoint of the trainer at its step; called on rank 0, with the `rank_state` of every rank."""
-    cfg, manager = trainer.cfg, trainer.cfg.exp_manager
-    shared = {
-        "step": trainer.step,
-        "images_seen": trainer.images_seen,
-        "skipped": trainer.skipped,
-        "trainable": _trainable_names(trainer.model),
-        "optimizer": trainer.optimizer.state_dict(),
-        "scaler": trainer.scaler.state_dict(),
-        "average_updates": trainer.average.updates if trainer.average is not None else None,
-    }
-    files = model_files(trainer.model)
-    if trainer.average is not None:
-        averages = {prefixed(name): tensor for name, tensor in trainer.average.averages.items()}
-        files[AVERAGE] = functools.partial(save_tensors, averages)
-    files["state.pt"] = functools.partial(torch.save, shared)
+    Returns:
+        The checkpoint's path.
+
+    Raises:
+        OSError: see `runs.write`.
+    """
+    files = model_files(model)
+    if averages is not None:
+        files[AVERAGE] = functools.partial(save_tensors, {prefixed(name): each for name, each in averages.items()})
+    files["state.pt"] = functools.partial(torch.save, state)
     for rank, of_rank in enumerate(ranks):
         files[f"rng-rank{rank}.pt"] = functools.partial(torch.save, of_rank)
-    files["config.yaml"] = lambda path: config.save(cfg, path)
-    folder = trainer.folder / CHECKPOINTS
-    path = write(folder, trainer.step, files, {"world_size": len(ranks), "torch": torch.__version__})
-    prune(folder, manager.checkpoint_callback_params.save_top_k)
-    return path
+    files[CONFIG] = lambda path: config.save(cfg, path)
+    parts = [model.control] if model.sd_locked else [model.control, model.unet]
+    weights = [tensor for part in parts for tensor in part.state_dict().values()]
+    size = _bytes(weights) + _bytes(averages or {}) + _bytes(state)
+    return write(folder, state["step"], files, {"world_size": len(ranks), "torch": torch.__version__}, size)
 
 
-def _trainable_names(model: ControlledUNet) -> list[str]:
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+def _bytes(tree: Any) -> int:
+    """Of all tensors in a tree of dicts, lists and tuples."""
+    if isinstance(tree, Tensor):
+        return tree.numel() * tree.element_size()
+    children = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (list, tuple)) else ()
+    return sum(_bytes(child) for child in children)
 
 
 def choose(folder: Path, cfg: "DictConfig") -> Path | None:
@@ -206,47 +215,35 @@ def choose(folder: Path, cfg: "DictConfig") -> Path | None:
         )
     if explicit is None:
         return None
-    problem = fault(Path(explicit))
+    explicit = Path(explicit)
+    if explicit.is_file():
+        raise CheckpointError(
+            f"resume_from_checkpoint: {explicit} is a file; expected a folder step-XXXXXXXX that a run of this package"
+            " saved. Weights to start from are given by model.ckpt_path or model.control_stage_config.from_pretrained"
+        )
+    problem = fault(explicit)
     if problem is not None:
         raise CheckpointError(f"resume_from_checkpoint: {problem}")
-    return Path(explicit)
+    return explicit
 
 
-def load(trainer: "Trainer", path: Path) -> Any:
-    """Puts the trainer where it was when the checkpoint was saved; returns the position in the data.
+def ranks(path: Path) -> int:
+    """How many ranks saved a checkpoint. Raises CheckpointError for a damaged manifest."""
+    try:
+        return int(manifest(path)["world_size"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} does not say how many ranks saved it: {error}") from error
 
-    The learning rate and the optimizer's other settings are those of the present configuration. With another number of
-    ranks than the checkpoint's, allowed by exp_manager.resume_with_other_world_size, the random streams start afresh.
-    Raises CheckpointError for a checkpoint of another model or number of ranks.
-    """
-    load_model(trainer.model, path)
-    device, world = trainer.world.device, trainer.world
-    shared = torch.load(path / "state.pt", map_location=device, weights_only=True)
-    own = _trainable_names(trainer.model)
-    if shared["trainable"] != own:
-        raise CheckpointError(
-            f"{path} was made while training {len(shared['trainable'])} weights; expected the same {len(own)} as now"
-            " (model.sd_locked, model.only_mid_control)"
-        )
-    groups = trainer.optimizer.state_dict()["param_groups"]
-    trainer.optimizer.load_state_dict({"state": shared["optimizer"]["state"], "param_groups": groups})
-    if trainer.scaler.is_enabled() and shared["scaler"]:
-        trainer.scaler.load_state_dict(shared["scaler"])
-    if trainer.average is not None:
-        if shared["average_updates"] is None:
-            raise CheckpointError(f"{path} holds no average; set exp_manager.ema.enable=False, or start anew")
-        averages = _read_average(trainer.model, path)
-        trainer.average.load(averages, shared["average_updates"])
-    trainer.step, trainer.images_seen, trainer.skipped = (shared[key] for key in ("step", "images_seen", "skipped"))
-    saved_ranks = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["world_size"]
-    if saved_ranks != world.size:
-        if not trainer.cfg.exp_manager.resume_with_other_world_size:
-            raise CheckpointError(
-                f"{path} was saved by {saved_ranks} ranks and {world.size} run now, which cannot go on with the same"
-                " noise and data; start as many, or set exp_manager.resume_with_other_world_size=True"
-            )
-        return None
-    of_rank = torch.load(path / f"rng-rank{world.rank}.pt", map_location="cpu", weights_only=True)
-    set_random_state(of_rank["global"], device)
-    trainer.streams.load_state_dict(of_rank["streams"])
-    return of_rank["position"]
+
+def read(path: Path, device: torch.device) -> dict[str, Any]:
+    """A pickle of a checkpoint, read with weights_only=True."""
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Puts the path before what a CheckpointError raised within it says."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error

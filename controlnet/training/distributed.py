@@ -1,10 +1,12 @@
 """The ranks of a job: who they are, how they agree, and how they stop together."""
 
+import contextlib
 import dataclasses
 import datetime
 import os
 import signal
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from controlnet.config import ConfigError
+from controlnet.training.watch import RankWatch
 
-# A rank that waits longer than this for another one gives up: longer than any save or sample grid lasts.
-TIMEOUT = datetime.timedelta(minutes=30)
+# Seconds after which a rank that waits for another one gives up: longer than any save or sample grid lasts.
+TIMEOUT = 1800.0
 
 
 class RankError(RuntimeError):
@@ -29,6 +32,37 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    watch: RankWatch | None = dataclasses.field(default=None, compare=False)
+
+    def at(self, what: str) -> None:
+        """Notes what this rank does now, for the others to name when they wait for it in vain."""
+        if self.watch is not None:
+            self.watch.at(what)
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Tells the other ranks of an exception raised within it, or names the rank that is the cause of it.
+
+        Raises:
+            RankError: a collective failed because of another rank, which the message names, with the reason.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            timed_out = "imed out" in str(error) or "timeout" in str(error).lower()
+            cause = None if self.watch is None else self.watch.diagnosis(timed_out)
+            if cause is not None:
+                raise RankError(cause) from error
+            self._tell(error)
+            raise
+        except Exception as error:
+            self._tell(error)
+            raise
+
+    def _tell(self, error: Exception) -> None:
+        if self.watch is not None:
+            with contextlib.suppress(RuntimeError):  # the store has ended: there is nobody left to tell
+                self.watch.failed(error)
 
     @property
     def is_first(self) -> bool:
@@ -40,6 +74,11 @@ class World:
         if self.size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return [value > 0 for value in values.tolist()]
+
+    def max_(self, values: Tensor) -> None:
+        """The largest value on any rank, in place. The host does not wait for it on a GPU."""
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over ranks."""
@@ -95,11 +134,15 @@ class World:
 
     def close(self) -> None:
         """Leaves the process group. Not for an error's way out: the others may not be listening."""
+        if self.watch is not None:
+            self.watch.close()
         if self.size > 1:
             dist.destroy_process_group()
 
 
-def start(devices: Any, num_nodes: int, accelerator: str, backend: str | None = None) -> World:
+def start(
+    devices: Any, num_nodes: int, accelerator: str, timeout: float = TIMEOUT, backend: str | None = None
+) -> World:
     """Joins the job that torchrun started, or stands alone.
 
     Arguments:
@@ -107,6 +150,7 @@ def start(devices: Any, num_nodes: int, accelerator: str, backend: str | None = 
             -1 for whatever was started.
         num_nodes: machines.
         accelerator: "gpu" or "cuda", "cpu", or "auto" (a GPU where there is one).
+        timeout: seconds that a rank waits for another one before it gives up.
         backend: "nccl" or "gloo"; by default NCCL on GPUs and gloo on CPUs.
     Raises ConfigError when fewer or more processes run than the configuration says, with the command for as many.
     """
@@ -116,10 +160,16 @@ def start(devices: Any, num_nodes: int, accelerator: str, backend: str | None = 
     device = _device(accelerator, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    watch = None
     if size > 1:
         backend = backend or ("nccl" if device.type == "cuda" else "gloo")
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if backend == "nccl" else None)
-    return World(rank, size, local_rank, device)
+        limit = datetime.timedelta(seconds=timeout)
+        store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=limit))
+        device_id = device if backend == "nccl" else None
+        group = dist.PrefixStore("ranks", store)
+        dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=limit, device_id=device_id)
+        watch = RankWatch(dist.PrefixStore("watch", store), rank, size)
+    return World(rank, size, local_rank, device, watch)
 
 
 def _check_size(size: int, devices: Any, num_nodes: int) -> None:
@@ -158,20 +208,54 @@ def _device(accelerator: str, local_rank: int) -> torch.device:
 
 
 class StopRequest:
-    """Turns the first SIGTERM or SIGINT into a flag that the loop polls; the second one acts as it did before.
+    """Turns SIGTERM and SIGINT into a flag that the loop polls, so that the run can save before it ends.
+
+    Schedulers signal every process of a job and torchrun forwards the signal once more, so a signal that is repeated
+    changes nothing while the run saves. What ends the process at once: another SIGINT (one more is expected under
+    torchrun, whose own copy arrives, too), and any signal that comes `grace` seconds after the first or later.
 
     A context manager: the handlers found at entry are put back at exit.
+
+    Args:
+        grace: seconds.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self) -> None:
+    def __init__(self, grace: float = 60.0) -> None:
         self.signal: signal.Signals | None = None
+        self.grace = grace
+        self.deadline: float | None = None  # by time.monotonic(); the run stops by itself then
+        self._first = 0.0
+        self._interrupts_left = 2 if "TORCHELASTIC_RUN_ID" in os.environ else 1
+        self._nothing_to_save = False
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
     def requested(self) -> bool:
-        return self.signal is not None
+        return self.signal is not None or (self.deadline is not None and time.monotonic() >= self.deadline)
+
+    @property
+    def reason(self) -> str:
+        """Why the run stops, for a message."""
+        if self.signal is not None:
+            return self.signal.name
+        return "exp_manager.max_time_per_run" if self.requested else "a signal to another rank"
+
+    def limit(self, seconds: float | None) -> None:
+        """Asks for a stop after so many seconds from now; None takes the limit away."""
+        self.deadline = None if seconds is None else time.monotonic() + seconds
+
+    @contextlib.contextmanager
+    def nothing_to_save(self) -> Iterator[None]:
+        """Within it a signal raises Interrupted: for work that takes minutes, such as the first compilation."""
+        if self.signal is not None:
+            raise Interrupted
+        self._nothing_to_save = True
+        try:
+            yield
+        finally:
+            self._nothing_to_save = False
 
     def __enter__(self) -> "StopRequest":
         self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
@@ -181,13 +265,24 @@ class StopRequest:
         self._restore()
 
     def _handle(self, number: int, _frame: object) -> None:
-        self.signal = signal.Signals(number)
-        self._restore()
+        if self.signal is None:
+            self.signal, self._first = signal.Signals(number), time.monotonic()
+            if self._nothing_to_save:
+                raise Interrupted
+        if number == signal.SIGINT:
+            self._interrupts_left -= 1
+        if self._interrupts_left < 0 or time.monotonic() - self._first >= self.grace:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+class Interrupted(BaseException):
+    """Raised by a signal where there is nothing to save. No Exception: compilers catch those."""
 
 
 class Stopped(Exception):

@@ -1,6 +1,6 @@
 """What is random in a training step: noise, timesteps, posterior samples of the first stage, dropped prompts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,10 +26,13 @@ class RandomStreams:
         t = torch.randint(timesteps, (latents.shape[0],), generator=self.generator, device=latents.device)
         return noise, t
 
-    def drop_prompts(self, captions: Sequence[str], rate: float) -> list[str]:
-        """The captions, each replaced by the empty one with probability `rate`, as guidance needs it."""
-        dropped = torch.rand(len(captions), generator=self.prompts) < rate
-        return ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
+    def dropped_prompts(self, count: int, rate: float) -> Tensor:
+        """Which of `count` captions become the empty one, each with probability `rate`, as guidance needs it.
+
+        Returns:
+            bool [count], on the CPU.
+        """
+        return torch.rand(count, generator=self.prompts) < rate
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state(), "prompts": self.prompts.get_state()}

@@ -2,11 +2,14 @@
 
 A step is one update of the weights. It reads micro_batch_size * accumulation * ranks images, whatever the way they are
 split; warm-up, logging, samples, checkpoints and max_steps count steps.
+
+The host never waits for a step's result before it has handed the device the next one: whether the loss and the gradient
+were finite is decided on the device, on all ranks alike, and read a step late (`agreement.py`). A step is counted when
+that is read, so all that counts steps (learning rate, average, checkpoints) is what it would be with a wait.
 """
 
 import contextlib
 import functools
-import inspect
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,28 +18,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from controlnet.config import ConfigError, dtype
 from controlnet.model.controlled import ControlledUNet
 from controlnet.model.diffusion import DiffusionLoss, NoiseSchedule
-from controlnet.training import checkpoint
+from controlnet.training import checkpoint, placement
+from controlnet.training.agreement import Agreement
 from controlnet.training.distributed import Stopped, StopRequest, World
-from controlnet.training.metrics import Reporter, control_sensitivity
+from controlnet.training.metrics import Reporter
 from controlnet.training.optim import ExponentialAverage, LearningRate, build_optimizer
 from controlnet.training.randomness import RandomStreams
-from controlnet.training.validation import draw_grid
+from controlnet.training.sensitivity import Sensitivity
+from controlnet.training.validation import Validation, draw_grid
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 logger = logging.getLogger(__name__)
-
-# The only buffers are the tables of the noise schedule, constants. PyTorch renames the argument that says so.
-_SYNC_BUFFERS = "forward_sync_buffers"
-if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel.__init__).parameters:
-    _SYNC_BUFFERS = "broadcast_buffers"
-SENSITIVITY_SAMPLES = 4  # enough to see the metric move; a logged step costs two more forward passes of so many
 
 
 def accumulation(micro: int, global_batch: int | None, accumulate: int, ranks: int) -> int:
@@ -73,7 +71,7 @@ def run_folder(exp_manager: Mapping[str, Any]) -> Path:
 class Trainer:
     """The loop of one rank.
 
-    Arguments:
+    Args:
         cfg: from `config.load`.
         world: this rank.
         model: ControlledUNet with float32 weights; the locked ones are stored in trainer.precision from here on.
@@ -83,7 +81,10 @@ class Trainer:
             (after the batches handed out) and `drops` (reason -> shard -> count), as `data.ShardLoader`.
         stop: polled at the end of each step.
         streams: the random numbers of this rank; by default RandomStreams(model.seed, rank).
-    Raises ConfigError for settings that contradict each other.
+        validation: measured every trainer.val_check_interval steps; None for none.
+
+    Raises:
+        ConfigError: settings that contradict each other.
     """
 
     def __init__(
@@ -95,9 +96,10 @@ class Trainer:
         make_loader: Callable[[Any], Iterable[Mapping[str, Any]]],
         stop: StopRequest,
         streams: RandomStreams | None = None,
+        validation: Validation | None = None,
     ):
         self.cfg, self.world, self.stop = cfg, world, stop
-        self.model, self.make_loader = model, make_loader
+        self.model, self.make_loader, self.validation = model, make_loader, validation
         self.folder = run_folder(cfg.exp_manager)
         batches = cfg.model.micro_batch_size, cfg.model.global_batch_size, cfg.trainer.accumulate_grad_batches
         self.accumulate = accumulation(*batches, world.size)
@@ -116,31 +118,31 @@ class Trainer:
         self.average = ExponentialAverage(model, ema.decay, ema.every_n_steps) if ema.enable else None
         self.step = self.images_seen = self.skipped = self.skipped_in_a_row = 0
         self.saved_step: int | None = None
+        self.stopped = self.data_over = False
+        self.agreement = Agreement(world)
         self.loader: Any = None
+        self.reporter: Any = None
+        self._batches: Iterator[Mapping[str, Any] | None] = iter(())
+        self._pending: list[str] | None = None  # keys of the step that is not counted yet
+        self._losses: list[Tensor] = []  # of the counted steps since the last row of metrics
+        self._loss = self._norm = torch.zeros((), device=world.device)  # of the last step
+        self._latest: tuple[Any, tuple[Tensor, ...]] = None, ()  # batch and inputs of the last micro-batch
+        self._no_caption: Tensor | None = None  # token numbers [1, T] of the empty caption
 
     def _place(self, dtype: torch.dtype) -> None:
         """Moves the model to its device, precision and memory format, and wraps the loss for compilation and DDP."""
         device, cfg = self.world.device, self.cfg.model
-        self.model.to(device)
-        for parameter in self.model.unet.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
-        if cfg.channels_last:
-            self.model.to(memory_format=torch.channels_last)
+        placement.place(self.model, device, dtype, cfg.channels_last)
         self.trainable = list(self.model.trainable_parameters())
         self.autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.loss = DiffusionLoss(self.model, self.schedule)
+        self.sensitivity = Sensitivity(self.model, self.schedule)
         if cfg.inductor:
-            self.loss.compile()
-        self.parallel: torch.nn.Module = self.loss
-        if self.world.size > 1:
-            self.parallel = DistributedDataParallel(
-                self.loss,
-                device_ids=[device] if device.type == "cuda" else None,
-                gradient_as_bucket_view=cfg.gradient_as_bucket_view,
-                **{_SYNC_BUFFERS: False},
-            )
+            mode = "reduce-overhead" if cfg.inductor_cudagraphs else None
+            self.loss.compile(mode=mode)
+            self.sensitivity.compile(mode=mode)
+        self.parallel = placement.parallel(self.loss, self.world, cfg.gradient_as_bucket_view)
         self.model.train()
 
     def fit(self) -> bool:
@@ -151,32 +153,69 @@ class Trainer:
         if self.loader is None:
             self.resume()
         self._batches = self._endless_batches()
-        every = self.cfg.exp_manager.checkpoint_callback_params
-        stopping = finished = False
-        self._losses: list[Tensor] = []
+        self.stopped = self.data_over = False
         with Reporter(self.folder, self.world, self.cfg, self.step, self.images_seen) as self.reporter:
-            while not (stopping or finished or self.step == self.max_steps):
-                step, epoch = self.step, self.loader.epoch
-                finished, stopping = self.train_step()
-                if self.step == step:
-                    continue
-                if self._due(self.cfg.trainer.log_every_n_steps):
-                    self._report()
-                if not stopping and self._draws_now():
-                    stopping = self._draw_samples()
-                n = every.every_n_epochs
-                if self._due(every.every_n_train_steps) or (n > 0 and self.loader.epoch // n > epoch // n):
-                    self.save()
+            compiling = self.cfg.model.inductor and self.step != self.max_steps
+            if compiling and self.world.is_first:
+                logger.info("compiling the training step: minutes without a sign of life; a signal ends it at once")
+            with self.world.failing_together():
+                with self.stop.nothing_to_save() if compiling else contextlib.nullcontext():
+                    self._advance()
+                while not self._over():
+                    self._advance()
+                self.world.at("its last checkpoint")
+                self.save(last=True)
+        return self.stopped
+
+    def _over(self) -> bool:
+        return self.stopped or self.data_over or self.step == self.max_steps
+
+    def _advance(self) -> None:
+        """One step and what is due after it."""
+        if self._over():
+            return
+        step, epoch = self.step, self.loader.epoch
+        self.data_over = not self.train_step()
+        # One rank knows of a signal by itself; several agree on it with the step's flags.
+        alone = self.world.size == 1 and self.stop.requested
+        if not (alone or self.data_over or self._something_due(epoch)):
+            return
+        counted = self._settle() and self.step > step
+        self.stopped = self.stopped or alone
+        if counted:
+            self._duties(epoch)
+
+    def _something_due(self, epoch: int) -> bool:
+        """Whether anything looks at the step that is not counted yet; `epoch` is that of its first batch."""
+        step = self.step + 1
+        return step == self.max_steps or any(self._due(step, epoch).values())
+
+    def _due(self, step: int, epoch: int) -> dict[str, bool]:
+        """What follows step number `step`, by the intervals that the configuration gives."""
+        options, every = self.cfg.model.image_logger, self.cfg.exp_manager.checkpoint_callback_params
+        drawing = options.max_images > 0 and not options.disabled
+        of_epochs = every.every_n_epochs
+        return {
+            "report": _divides(self.cfg.trainer.log_every_n_steps, step),
+            "draw": drawing and ((options.log_first_step and step == 1) or _divides(options.batch_frequency, step)),
+            "validate": self.validation is not None and _divides(self.validation.every, step),
+            "save": _divides(every.every_n_train_steps, step)
+            or (of_epochs > 0 and self.loader.epoch // of_epochs > epoch // of_epochs),
+        }
+
+    def _duties(self, epoch: int) -> None:
+        due = self._due(self.step, epoch)
+        if due["report"]:
+            self._report()
+        for name, work in (("validate", self._validate), ("draw", self._draw_samples)):
+            if due[name] and not self.stopped:
+                try:
+                    with self.reporter.pause():
+                        work()
+                except Stopped:
+                    self.stopped = True
+        if due["save"]:
             self.save()
-        return stopping
-
-    def _due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
-
-    def _draws_now(self) -> bool:
-        options = self.cfg.model.image_logger
-        first = options.log_first_step and self.step == 1
-        return options.max_images > 0 and not options.disabled and (first or self._due(options.batch_frequency))
 
     def _endless_batches(self) -> Iterator[Mapping[str, Any] | None]:
         """Batch after batch, epoch after epoch; None once max_epochs are over."""
@@ -187,29 +226,33 @@ class Trainer:
 
     def _inputs(self, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """latents, hint, context, noise, timesteps of a batch: the arguments of DiffusionLoss."""
-        images = batch["images"].to(self.world.device, non_blocking=True)
+        latents = self.conditioning.batch_latents(batch, self.streams.generator)
         hint = batch["hint"].to(self.world.device, non_blocking=True)
-        latents = self.conditioning.latents(images, generator=self.streams.generator).float()
-        captions = self.streams.drop_prompts(batch["captions"], self.cfg.model.text_embedding_dropout_rate)
-        context = self.conditioning.context(captions)
+        dropped = self.streams.dropped_prompts(len(batch["keys"]), self.cfg.model.text_embedding_dropout_rate)
+        context = self.conditioning.batch_context(batch, dropped)
         noise, timesteps = self.streams.noise_and_timesteps(latents, self.schedule.timesteps)
         if self.cfg.model.channels_last:
             latents, hint = (x.contiguous(memory_format=torch.channels_last) for x in (latents, hint))
         return latents, hint, context, noise, timesteps
 
-    def train_step(self) -> tuple[bool, bool]:
-        """One step: forward and backward over all micro-batches, agreement among the ranks, update.
+    def train_step(self) -> bool:
+        """Hands the device one step: forward and backward over all micro-batches, agreement among the ranks, update.
 
-        Returns (whether the data is over, whether any rank was asked to stop). When the loss or the gradient is not
-        finite on any rank, all of them leave out the update, and the step does not count.
+        When the loss or the gradient is not finite on any rank, all of them leave out the update, and the step does not
+        count; the host learns of it in the next step, or from `_settle`.
+
+        Returns whether there was data for it.
         """
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.world.device)
         keys: list[str] = []
         for i in range(self.accumulate):
-            batch = next(self._batches)
+            self.world.at(f"step {self.step + 1}, its data")
+            with self.reporter.waiting_for_data():
+                batch = next(self._batches)
             if batch is None:
-                return True, False
+                return False
+            self.world.at(f"step {self.step + 1}, its computation")
             inputs = self._inputs(batch)
             # Gradients travel once a step, with its last micro-batch.
             hold = self.world.size > 1 and i < self.accumulate - 1
@@ -224,41 +267,50 @@ class Trainer:
 
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self.trainable])
-        loss_broke, gradient_broke = ~torch.isfinite(total), ~torch.isfinite(norm)
-        any_loss, any_gradient, stopping = self.world.any(loss_broke, gradient_broke, self.stop.requested)
-        if any_loss or any_gradient:
-            self._skip(any_loss, bool(loss_broke), keys)
-        else:
-            self._update(total, norm)
-        self.scaler.update()
-        return False, stopping
+        self._settle()  # the step before: the device is busy with this one meanwhile
+        found_inf = self.agreement.ask(total, norm, self.stop.requested)
+        self._update(norm, found_inf)
+        self._pending, self._loss, self._norm = keys, total, norm
+        return True
 
-    def _update(self, loss: Tensor, norm: Tensor) -> None:
+    def _update(self, norm: Tensor, found_inf: Tensor) -> None:
+        """Clips and updates, unless found_inf (0-d, on the device) is 1."""
         limit = self.cfg.trainer.gradient_clip_val
         if limit:
             torch.nn.utils.clip_grads_with_norm_(self.trainable, limit, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        self.scaler.step(self.optimizer)
+        self.optimizer.found_inf = found_inf  # what GradScaler.step would set for a fused optimizer
+        self.optimizer.step()
+        self.scaler.update()
+
+    def _settle(self) -> bool:
+        """Counts the step that was handed out last, or takes note that it was left out; returns whether it counted."""
+        if self._pending is None:
+            return False
+        keys, self._pending = self._pending, None
+        verdict = self.agreement.read()
+        self.stopped = self.stopped or verdict.stopping
+        if verdict.broke:
+            self._skip(verdict.loss_broke, verdict.own_loss_broke, keys)
+            return False
         self.step += 1
         self.skipped_in_a_row = 0
         if self.average is not None:
             self.average.update(self.step)
-        self._losses.append(loss)
-        self._norm = norm
+        self._losses.append(self._loss)
         self.reporter.advance()
+        return True
 
     def _skip(self, loss_broke: bool, own_loss_broke: bool, keys: list[str]) -> None:
         """Counts a step without update; raises FloatingPointError after trainer.max_skipped_steps in a row."""
         self.skipped += 1
         # An overflow that a smaller loss scale cures is how fp16 works; it says nothing against weights or data.
-        if not loss_broke and self.scaler.is_enabled() and self.scaler.get_scale() > 1:
+        if not loss_broke and self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
             return
         self.skipped_in_a_row += 1
         record = {"after_step": self.step, "loss_is_finite": not own_loss_broke, "keys": keys}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / f"nonfinite-rank{self.world.rank}.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self.reporter.record(f"nonfinite-rank{self.world.rank}.jsonl", json.dumps(record))
         if self.skipped_in_a_row >= self.cfg.trainer.max_skipped_steps:
             raise FloatingPointError(
                 f"the loss or its gradient was not finite {self.skipped_in_a_row} times in a row at step {self.step};"
@@ -268,57 +320,115 @@ class Trainer:
 
     def _report(self) -> None:
         """Writes a row of metrics, the loss and the sensitivity as means over the ranks."""
-        latents, hint, context, noise, timesteps = (x[:SENSITIVITY_SAMPLES] for x in self._latest[1])
-        with self.autocast():
-            x_t = self.schedule.add_noise(latents, noise, timesteps)
-            sensitivity = control_sensitivity(self.model, x_t, timesteps, context, hint)
         dropped = sum(count for of_shard in self.loader.drops.values() for count in of_shard.values())
-        drops = torch.tensor(float(dropped), device=self.world.device)
-        local = torch.stack([torch.stack(self._losses).mean(), sensitivity, drops])
-        loss, sensitivity, drops = self.world.mean(local).tolist()
+        local = {"loss": torch.stack(self._losses).mean(), "dropped_samples": torch.tensor(float(dropped))}
+        every, before = (
+            self.cfg.trainer.control_sensitivity_every_n_steps,
+            self.step - self.cfg.trainer.log_every_n_steps,
+        )
+        if every > 0 and self.step // every > before // every:  # in the first row at or after its time
+            with self.autocast():
+                local["control_sensitivity"] = self.sensitivity(*self._latest[1])
+        means = self.world.mean(torch.stack([value.to(self.world.device) for value in local.values()])).tolist()
+        row = dict(zip(local, means, strict=True))
         self._losses.clear()
-        row = {
-            "loss": loss,
+        row |= {
             "lr": self.optimizer.param_groups[0]["lr"],
             "gradient_norm": self._norm.item(),
-            "control_sensitivity": sensitivity,
             "epoch": self.loader.epoch,
             "skipped_steps": self.skipped,
-            "dropped_samples": round(drops * self.world.size),
+            "dropped_samples": round(row["dropped_samples"] * self.world.size),
         }
         if self.scaler.is_enabled():
             row["loss_scale"] = self.scaler.get_scale()
         self.reporter.row(self.step, self.images_seen, row)
 
-    def _draw_samples(self) -> bool:
-        """Writes a grid of hints, reconstructions and samples, each rank drawing its share. Returns whether to stop."""
-        options = self.cfg.model.image_logger
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the model holds what samples and validation look at."""
         averaged = self.average is not None and not self.cfg.exp_manager.ema.validate_original_weights
-        weights = self.average.swapped_in() if averaged else contextlib.nullcontext()
-        try:
-            with self.reporter.pause(), weights, self.autocast():
-                picture, problem = draw_grid(
-                    self.model,
-                    self.conditioning,
-                    self.schedule,
-                    self._latest[0],
-                    self.world,
-                    images=options.max_images,
-                    steps=options.log_images_kwargs.ddim_steps,
-                    eta=options.log_images_kwargs.ddim_eta,
-                    guidance_scale=options.log_images_kwargs.unconditional_guidance_scale,
-                    seed=self.cfg.model.seed,
-                    stop=self.stop,
-                )
-        except Stopped:
-            return True
-        self.reporter.picture(self.step, picture, problem)
-        return False
+        return self.average.swapped_in() if averaged else contextlib.nullcontext()
 
-    def save(self) -> None:
+    def _validate(self) -> None:
+        with self._averaged(), self.autocast():
+            loss = self.validation.loss(self.model, self.conditioning, self.schedule, self.world, self.stop)
+        self.reporter.value(self.step, "validation_loss", loss)
+
+    def _draw_samples(self) -> None:
+        """Writes a grid of hints, reconstructions and samples, each rank drawing its share."""
+        options = self.cfg.model.image_logger
+        with self._averaged(), self.autocast():
+            picture, problem = draw_grid(
+                self.model,
+                self.conditioning,
+                self.schedule,
+                self._latest[0],
+                self.world,
+                images=options.max_images,
+                steps=options.log_images_kwargs.ddim_steps,
+                eta=options.log_images_kwargs.ddim_eta,
+                guidance_scale=options.log_images_kwargs.unconditional_guidance_scale,
+                seed=self.cfg.model.seed,
+                stop=self.stop,
+            )
+        self.reporter.picture(self.step, picture, problem)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What all ranks share beside the weights: counts, optimizer, loss scale. Tensors are not copied."""
+        return {
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "skipped": self.skipped,
+            "trainable": placement.trainable_names(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average_updates": self.average.updates if self.average is not None else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` returned; the optimizer's settings stay those of the present configuration.
+
+        Raises:
+            CheckpointError: other weights were trained, or an average is missing.
+        """
+        own = placement.trainable_names(self.model)
+        if state["trainable"] != own:
+            raise checkpoint.CheckpointError(
+                f"{len(state['trainable'])} weights were trained when it was made; expected the same {len(own)} as now"
+                " (model.sd_locked, model.only_mid_control)"
+            )
+        if self.average is not None:
+            if state["average_updates"] is None:
+                raise checkpoint.CheckpointError("it holds no average; set exp_manager.ema.enable=False, or start anew")
+            self.average.updates = state["average_updates"]
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.step, self.images_seen, self.skipped = (state[key] for key in ("step", "images_seen", "skipped"))
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        """What differs from rank to rank: random generators and the position in the data."""
+        device = self.world.device
+        return {
+            "global": checkpoint.random_state(device),
+            "streams": self.streams.state_dict(),
+            "position": self.loader.position,
+        }
+
+    def load_rank_state_dict(self, state: Mapping[str, Any]) -> Any:
+        """Takes up what `rank_state_dict` returned; returns the position in the data."""
+        checkpoint.set_random_state(state["global"], self.world.device)
+        self.streams.load_state_dict(state["streams"])
+        return state["position"]
+
+    def save(self, last: bool = False) -> None:
         """Saves a checkpoint, unless it exists or checkpoints are switched off. Every rank must call it.
 
-        Raises FloatingPointError instead of saving weights that are not finite.
+        A disk that is full is a warning that names what is still there, and the run goes on, unless this is the last.
+
+        Raises:
+            FloatingPointError: the weights are not finite; they are not saved.
+            OSError: with `last`, the disk does not take it.
         """
         manager = self.cfg.exp_manager
         if not manager.create_checkpoint_callback or self.step == self.saved_step:
@@ -328,18 +438,64 @@ class Trainer:
                 f"the weights are not finite at step {self.step}; no checkpoint is made of them. Lower optim.lr"
             )
         with self.reporter.pause():
-            ranks = self.world.gather(checkpoint.rank_state(self))
-            self.world.on_first(lambda: checkpoint.save(self, ranks))
-        self.saved_step = self.step
+            ranks = self.world.gather(self.rank_state_dict())
+            problem = self.world.on_first(lambda: self._save(ranks))
+        if problem is None:
+            self.saved_step = self.step
+        elif last:
+            raise OSError(problem)
+        elif self.world.is_first:
+            logger.warning("%s; training goes on", problem)
+
+    def _save(self, ranks: list[dict[str, Any]]) -> str | None:
+        """Writes the checkpoint, on rank 0; returns what is wrong with the disk, or None."""
+        folder, keep = self.folder / checkpoint.CHECKPOINTS, self.cfg.exp_manager.checkpoint_callback_params.save_top_k
+        averages = self.average.averages if self.average is not None else None
+        try:
+            checkpoint.save(folder, self.model, averages, self.state_dict(), ranks, self.cfg)
+            checkpoint.prune(folder, keep)
+        except OSError as error:
+            newest = checkpoint.newest_complete(folder)
+            return f"step {self.step} was not saved: {error}. The newest checkpoint on disk: {newest or 'none'}"
+        return None
 
     def resume(self) -> None:
-        """Takes up the checkpoint that the configuration names, if any, and opens the data where it stood."""
+        """Takes up the checkpoint that the configuration names, if any, and opens the data where it stood.
+
+        Raises:
+            CheckpointError: it is of another model or number of ranks, or damaged.
+        """
         folder = self.folder / checkpoint.CHECKPOINTS
         path = self.world.on_first(lambda: checkpoint.choose(folder, self.cfg))
         position = None
         if path is not None:
-            position = checkpoint.load(self, path)
+            position = self.load(path)
             self.saved_step = self.step
             if self.world.is_first:
                 logger.info("resumed from %s: step %d, %d images seen", path, self.step, self.images_seen)
         self.loader = self.make_loader(position)
+
+    def load(self, path: Path) -> Any:
+        """Puts this where it was when the checkpoint was saved; returns the position in the data.
+
+        With another number of ranks than the checkpoint's, allowed by exp_manager.resume_with_other_world_size, the
+        random streams start afresh and the position is None.
+        """
+        ranks = checkpoint.ranks(path)
+        if ranks != self.world.size and not self.cfg.exp_manager.resume_with_other_world_size:
+            raise checkpoint.CheckpointError(
+                f"{path} was saved by {ranks} ranks and {self.world.size} run now, which cannot go on with the same"
+                " noise and data; start as many, or set exp_manager.resume_with_other_world_size=True"
+            )
+        checkpoint.load_model(self.model, path)
+        with checkpoint.named(path):
+            self.load_state_dict(checkpoint.read(path / "state.pt", self.world.device))
+            if self.average is not None:
+                self.average.load(checkpoint.read_average(self.model, path), self.average.updates)
+        if ranks != self.world.size:
+            return None
+        return self.load_rank_state_dict(checkpoint.read(path / f"rng-rank{self.world.rank}.pt", torch.device("cpu")))
+
+
+def _divides(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,16 +1,18 @@
-"""The grid of samples that a run draws of itself, all ranks together."""
+"""How a run looks at itself, all ranks together: a grid of samples, and the loss on a validation set."""
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from controlnet.inference.images import fault, grid, to_uint8
 from controlnet.inference.sampling import ddim
 from controlnet.model.controlled import ControlledUNet
-from controlnet.model.diffusion import NoiseSchedule
+from controlnet.model.diffusion import DiffusionLoss, NoiseSchedule
 from controlnet.training.distributed import Stopped, StopRequest, World
 
 
@@ -37,7 +39,7 @@ def draw_grid(
     seed: int,
     stop: StopRequest,
 ) -> tuple[Image.Image, str | None]:
-    """Hints, images, their reconstructions by the first stage, and samples, one below the other.
+    """Hints, images (unless the batch is a cached one), their reconstructions by the first stage, and samples.
 
     Every rank must call it; each draws its share, from noise that is the same at every call. The picture is the same on
     all ranks.
@@ -48,11 +50,12 @@ def draw_grid(
     Returns the picture, and what is wrong with the samples (None when nothing is, see `images.fault`).
     Raises Stopped on all ranks when one of them is asked to stop meanwhile.
     """
-    count = min(math.ceil(images / world.size), len(batch["captions"]))
-    target, hint = (batch[key][:count].to(world.device) for key in ("images", "hint"))
-    captions = list(batch["captions"][:count])
+    count = min(math.ceil(images / world.size), len(batch["keys"]))
+    batch = {name: value[:count] if name != "no_caption" else value for name, value in batch.items()}
+    hint = batch["hint"].to(world.device)
     posterior = torch.Generator(world.device).manual_seed(seed + world.rank)
-    latents = conditioning.latents(target, generator=posterior)
+    latents = conditioning.batch_latents(batch, posterior)
+    everyone = torch.ones(count, dtype=torch.bool)
     training = model.training
     model.eval()
     try:
@@ -60,8 +63,8 @@ def draw_grid(
             model,
             schedule,
             latents.shape,
-            conditioning.context(captions),
-            uncond_context=conditioning.context([""] * count),
+            conditioning.batch_context(batch, ~everyone),
+            uncond_context=conditioning.batch_context(batch, everyone),
             hint=hint,
             guidance_scale=guidance_scale,
             steps=steps,
@@ -72,12 +75,53 @@ def draw_grid(
     finally:
         model.train(training)
     decoded = conditioning.images(samples)
-    rows = {
-        "hint": to_uint8(hint, low=0.0),
-        "image": to_uint8(target),
-        "reconstruction": to_uint8(conditioning.images(latents)),
-        "sample": to_uint8(decoded),
-    }
+    rows = {"hint": to_uint8(hint, low=0.0)}
+    if "images" in batch:
+        rows["image"] = to_uint8(batch["images"].to(world.device))
+    rows |= {"reconstruction": to_uint8(conditioning.images(latents)), "sample": to_uint8(decoded)}
     picture = grid({label: world.gather_tensor(row) for label, row in rows.items()})
     problems = [problem for problem in world.gather(fault(decoded, samples)) if problem is not None]
     return picture, problems[0] if problems else None
+
+
+class Validation:
+    """The loss on a validation set, at noise and timesteps that are the same at every measurement.
+
+    Args:
+        make_batches: () -> the set's batches of this rank, from its first one, as many on every rank.
+        every: steps between measurements.
+        batches: at most so many of each rank; None for all.
+        seed: of the noise and the timesteps, with the rank.
+    """
+
+    def __init__(
+        self, make_batches: Callable[[], Iterable[Mapping[str, Any]]], every: int, batches: int | None, seed: int
+    ):
+        self.make_batches, self.every, self.batches, self.seed = make_batches, every, batches, seed
+
+    @torch.no_grad()
+    def loss(
+        self, model: ControlledUNet, conditioning: Any, schedule: NoiseSchedule, world: World, stop: StopRequest
+    ) -> float:
+        """The mean loss over the set, the same on all ranks. Every rank must call it.
+
+        Raises:
+            Stopped: on all ranks, when one of them is asked to stop meanwhile.
+        """
+        loss, training = DiffusionLoss(model, schedule), model.training
+        generator = torch.Generator(world.device).manual_seed(self.seed + world.rank)
+        losses: list[Tensor] = []
+        model.eval()
+        try:
+            for batch in itertools.islice(self.make_batches(), self.batches):
+                if world.any(stop.requested)[0]:
+                    raise Stopped
+                latents = conditioning.batch_latents(batch, generator)
+                context = conditioning.batch_context(batch, torch.zeros(len(batch["keys"]), dtype=torch.bool))
+                noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+                t = torch.randint(schedule.timesteps, (len(latents),), generator=generator, device=latents.device)
+                hint = batch["hint"].to(world.device, non_blocking=True)
+                losses.append(loss(latents, hint, context, noise, t))
+        finally:
+            model.train(training)
+        return world.mean(torch.stack(losses).mean()).item()

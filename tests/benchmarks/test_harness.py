@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import gate, measure, ops, peers, report, run
+from benchmarks import gate, measure, ops, peers, run
+from benchmarks import rows as results
 from benchmarks.budget import NOT_REACHED, Budget, OverBudget
 from cnkernels import timing
 
@@ -200,7 +201,7 @@ def test_a_run_that_is_out_of_budget_has_every_row_all_the_same(tmp_path, no_gpu
     gate.write(path, {"geglu": {}, "attention": {}})
     few = ["--op", "geglu", "--op", "attention", "--gate", str(path), "--output", str(tmp_path / "out.json")]
     run.main([*few, "--budget", "0.001"])
-    rows = report.load(tmp_path / "out.json")["rows"]
+    rows = results.load(tmp_path / "out.json")["rows"]
     assert {row["reason"] for row in rows} == {NOT_REACHED}
     assert len(rows) == sum(len(c.providers) for c in ops.cases(["geglu", "attention"], [1], [torch.float32], True))
 
@@ -230,7 +231,7 @@ def test_a_backend_that_the_gate_knows_nothing_of_gets_no_row(tmp_path, no_gpu):
             str(tmp_path / "out.json"),
         ]
     )
-    rows = report.load(tmp_path / "out.json")["rows"]
+    rows = results.load(tmp_path / "out.json")["rows"]
     reasons = {row["provider"]: row.get("reason") for row in rows}
     assert reasons.pop("eager") is None
     assert set(reasons.values()) == {"refused: none of its tests ran on this machine"}
@@ -241,7 +242,7 @@ def test_times_of_two_measurements_are_not_mixed():
         return {"kind": "op", "provider": provider, **found}
 
     first = [row("triton", median=1.0), row("eager", median=2.0), row("torch.compile", reason=NOT_REACHED)]
-    table = {report.key(r): r for r in first}
+    table = {results.key(r): r for r in first}
     run.merge(table, [row("triton", median=9.0), row("eager", reason="x"), row("torch.compile", reason="stopped")])
     assert list(table.values()) == [*first[:2], row("torch.compile", reason="stopped")]
     again = [row("triton", median=1.1), row("eager", median=2.2), row("torch.compile", median=3.3)]

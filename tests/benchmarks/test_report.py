@@ -2,7 +2,7 @@ import copy
 
 import pytest
 
-from benchmarks import report
+from benchmarks import report, rows
 
 MACHINE = {
     "device": "GPU X",
@@ -59,7 +59,7 @@ def test_readme_section_is_replaced_and_the_rest_kept(tmp_path):
 def test_a_file_that_is_no_result_is_refused(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(ValueError, match="not a benchmark result"):
-        report.load(tmp_path / "x.json")
+        rows.load(tmp_path / "x.json")
 
 
 def test_every_figure_has_both_variants(tmp_path):

@@ -3,13 +3,14 @@
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from controlnet import train
-from controlnet.training.distributed import StopRequest, start
+from controlnet.training.distributed import RankError, StopRequest, start
 from tests.controlnet import tiny_run
 
 
@@ -42,22 +43,45 @@ class Announcing(tiny_run.Loader):
             yield batch
 
 
-LOADERS = {"nan": Poisoned, "fail": Failing, "announce": Announcing}
+class Killed(tiny_run.Loader):
+    """The last rank is killed at its third batch."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            if self.rank == self.world_size - 1 and self.next == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch
+
+
+class Hanging(tiny_run.Loader):
+    """The last rank waits for its third batch for longer than the others wait for it."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            if self.rank == self.world_size - 1 and self.next == 3:
+                time.sleep(60)
+            yield batch
+
+
+LOADERS = {"nan": Poisoned, "fail": Failing, "announce": Announcing, "kill": Killed, "hang": Hanging}
 
 
 @record
 def main():
     folder, job, *overrides = sys.argv[1:]
     with StopRequest() as stop:
-        world = start(2, 1, "cpu")
         cfg = tiny_run.configuration(folder, *overrides)
+        world = start("auto", 1, "cpu", cfg.trainer.rank_timeout)
         if job == "differ" and world.rank == 1:
             cfg.optim.lr = 0.5
         run = tiny_run.trainer(cfg, world, loader=LOADERS.get(job, tiny_run.Loader), stop=stop)
         train.check_ranks(world, cfg, run.model)
         if job == "signal rank 1" and world.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        stopped = run.fit()
+        try:
+            stopped = run.fit()
+        except RankError as error:
+            sys.exit(f"error: step {run.saved_step} is saved; {error}")
         result = {"step": run.step, "skipped": run.skipped, "seen": run.images_seen, "weights": tiny_run.weights(run)}
         torch.save({**result, "stopped": stopped}, f"{folder}/result-rank{world.rank}.pt")
         world.close()

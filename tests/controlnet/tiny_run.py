@@ -21,7 +21,13 @@ UNET = {
     "context_dim": 16,
 }
 BASE = {
-    "trainer": {"accelerator": "cpu", "max_steps": 3, "log_every_n_steps": 1, "enable_progress_bar": False},
+    "trainer": {
+        "accelerator": "cpu",
+        "max_steps": 3,
+        "log_every_n_steps": 1,
+        "control_sensitivity_every_n_steps": 1,
+        "enable_progress_bar": False,
+    },
     "exp_manager": {
         "create_tensorboard_logger": False,
         "checkpoint_callback_params": {"every_n_train_steps": 0},

@@ -2,9 +2,9 @@
 
     python -m tests.reliability --rounds N --seed S [SUBJECT ...]
 
-A subject is a module of this folder with a function `campaign(rounds, seed)` that makes `rounds` faults from the seed and
-returns how often each outcome came: {"survived": 998, ...}. Outcomes named by FAILURES are defects; with one of them the
-exit status is 1, and `python -m tests.reliability --rounds N --seed S SUBJECT` makes the same faults again.
+A subject is a module of this folder with a function `campaign(rounds, seed)` that makes `rounds` faults from the seed
+and returns how often each outcome came: {"survived": 998, ...}. Outcomes named by FAILURES are defects; with one of
+them the exit status is 1, and `python -m tests.reliability --rounds N --seed S SUBJECT` makes the same faults again.
 """
 
 import argparse

@@ -9,10 +9,11 @@ from pathlib import Path
 from controlnet.training import checkpoint
 
 SHAPES = (
-    b"", b"[]", b"null", b"1", b'"a"', b"[" * 100_000, b'{"format":1}', b'{"format":1,"files":[]}', b'{"format":1,"files":{}}',
-    b'{"format":1,"files":{"x":1}}', b'{"format":1,"files":{"x":{}}}', b'{"format":1,"files":{"../x":{"size":3,"sha256":""}}}',
+    *(b"", b"[]", b"null", b"1", b'"a"', b"[" * 100_000, b'{"format":1}'),
+    *(b'{"format":1,"files":[]}', b'{"format":1,"files":{}}', b'{"format":1,"files":{"x":1}}'),
+    *(b'{"format":1,"files":{"x":{}}}', b'{"format":1,"files":{"../x":{"size":3,"sha256":""}}}'),
     b'{"format":1,"files":{"x\\u0000":{"size":3,"sha256":""}}}',
-)  # fmt: skip
+)
 
 
 def damaged(good: bytes, rounds: int, seed: int) -> Iterator[bytes]:

@@ -29,6 +29,7 @@ from controlnet.data import DataError, SyntheticLoader, build_loader, cached
 from controlnet.extras import quiet_libraries, require
 from controlnet.training.distributed import Interrupted, RankError, StopRequest, World, start
 from controlnet.training.lock import RunLock
+from controlnet.training.loggers import import_wandb
 from controlnet.training.trainer import Trainer
 from controlnet.training.validation import Validation
 
@@ -183,8 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 why = "or set exp_manager.create_tensorboard_logger=False"
                 require("tensorboard", extra="train", wanted_by=f"it draws the curves of a run; {why}")
             if cfg.exp_manager.create_wandb_logger:
-                why = "or set exp_manager.create_wandb_logger=False"
-                require("wandb", extra="train", wanted_by=f"it shows the run on a server; {why}")
+                import_wandb()
             world = start(cfg.trainer.devices, cfg.trainer.num_nodes, cfg.trainer.accelerator, cfg.trainer.rank_timeout)
             trainer = prepare(cfg, world, stop)
             lock = RunLock(trainer.folder)

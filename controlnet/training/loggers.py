@@ -109,13 +109,7 @@ class WandbLog:
     """
 
     def __init__(self, folder: Path, options: Mapping[str, Any], settings: Mapping[str, Any]):
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError(
-                "exp_manager.create_wandb_logger is true but wandb is not installed: pip install wandb, or set"
-                " exp_manager.create_wandb_logger=False"
-            ) from error
+        wandb = import_wandb()
         options = {"project": "controlnet", "dir": str(folder), "resume": "allow", **options}
         if "mode" not in options and "WANDB_MODE" not in os.environ and not wandb.api.api_key:
             options["mode"] = "offline"
@@ -131,6 +125,18 @@ class WandbLog:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def import_wandb() -> Any:
+    """The package of Weights & Biases, which no extra of this project brings. Raises ImportError."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(
+            "exp_manager.create_wandb_logger is true but wandb is not installed: pip install wandb, or set"
+            " exp_manager.create_wandb_logger=False"
+        ) from error
+    return wandb
 
 
 def open_logs(folder: Path, exp_manager: Mapping[str, Any], settings: Mapping[str, Any], step: int) -> list[Log]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from controlnet import build, checkpoints, config
-from controlnet.checkpoints import archive
+from controlnet.checkpoints import archive, trained
 from controlnet.checkpoints.convert import load as load_parts
 from controlnet.conditioning import AutoencoderKL, CLIPTextEncoder, Conditioning
 from controlnet.config import ConfigError
@@ -17,7 +17,6 @@ from controlnet.inference.several import SeveralControlNets
 from controlnet.model.controlled import ControlledUNet
 from controlnet.model.controlnet import ControlNet
 from controlnet.model.diffusion import NoiseSchedule
-from controlnet.training import checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +73,9 @@ class Origin:
             node.ckpt_path = str(path)  # also brings what else it holds: U-Net, VAE, text encoder
         model, conditioning = build.build_model(node), build.build_conditioning(node)
         if found.kind == "checkpoint":
-            checkpoint.load_model(model, found.folder)
+            trained.load_model(model, found.folder)
             if self.average and found.average is not None:
-                checkpoint.load_average(model, found.folder)
+                trained.load_average(model, found.folder)
         elif node.ckpt_path != str(path) or "control" not in checkpoints.parts(path):
             checkpoints.load_control(model.control, path, source="control")
         return model, conditioning

@@ -17,14 +17,12 @@ import contextlib
 import functools
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from controlnet import config
@@ -42,87 +40,25 @@ from controlnet.checkpoints.runs import (
     prune,
     write,
 )
-from controlnet.checkpoints.write import heads_metadata
+from controlnet.checkpoints.trained import (
+    load_average,
+    load_model,
+    model_files,
+    prefixed,
+    read_average,
+    save_tensors,
+)
 from controlnet.config import ConfigError
 from controlnet.model.controlled import ControlledUNet
-from controlnet.training.optim import trainable_tensors
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 __all__ = ["AVERAGE", "CHECKPOINTS", "MANIFEST", "CheckpointError", "checkpoints", "fault", "folder_name"]
+__all__ += ["load_average", "load_model", "read_average"]  # of checkpoints.trained
 __all__ += ["manifest", "newest_complete", "prune", "write"]  # of checkpoints.runs, for those who save and take up runs
 
 logger = logging.getLogger(__name__)
-
-CONTROL_PREFIX, UNET_PREFIX = "control_model.", "model.diffusion_model."
-
-
-def prefixed(name: str) -> str:
-    """The name of a ControlledUNet's parameter in the original's checkpoints."""
-    part, _, rest = name.partition(".")
-    return {"control": CONTROL_PREFIX, "unet": UNET_PREFIX}[part] + rest
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, stated: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Writes a safetensors file; `stated` is metadata beside the tensors."""
-    cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(cpu, path, metadata={"format": "pt", **stated})
-
-
-def model_files(model: ControlledUNet) -> dict[str, Callable[[Path], None]]:
-    """Writers of the files that hold the trained weights."""
-
-    def part(name: str) -> Callable[[Path], None]:
-        module = getattr(model, name)
-        stated = heads_metadata({name: module.arch})
-        return lambda path: save_tensors(
-            {prefixed(f"{name}.{k}"): v for k, v in module.state_dict().items()}, path, stated
-        )
-
-    files = {"control.safetensors": part("control")}
-    if not model.sd_locked:
-        files["unet.safetensors"] = part("unet")
-    return files
-
-
-def load_model(model: ControlledUNet, path: Path) -> None:
-    """Loads the weights that `model_files` wrote, every one of them, in place.
-
-    Raises CheckpointError when names or shapes differ from the model's.
-    """
-    for name in model_files(model):
-        part = name.removesuffix(".safetensors")
-        module, file = getattr(model, part), path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing; the checkpoint was made with another model.sd_locked")
-        saved = load_file(file)
-        own = {prefixed(f"{part}.{key}"): tensor for key, tensor in module.state_dict().items()}
-        for key in sorted(own.keys() ^ saved.keys()):
-            where = "the model has, the file lacks" if key in own else "the file has, the model lacks"
-            raise CheckpointError(f"{file} does not fit the model: {where} {key}")
-        for key, tensor in own.items():
-            if saved[key].shape != tensor.shape:
-                shapes = f"{list(saved[key].shape)}; expected {list(tensor.shape)}"
-                raise CheckpointError(f"{file} does not fit the model: {key} is {shapes}")
-            tensor.copy_(saved[key])
-
-
-def read_average(model: ControlledUNet, path: Path) -> dict[str, Tensor]:
-    """The averaged weights of a checkpoint under the model's names."""
-    saved = load_file(path / AVERAGE)
-    own = {prefixed(name): name for name in trainable_tensors(model)}
-    for key in sorted(own.keys() ^ saved.keys()):
-        raise CheckpointError(f"{path / AVERAGE} does not fit the model, which trains other weights: {key}")
-    return {own[key]: tensor for key, tensor in saved.items()}
-
-
-@torch.no_grad()
-def load_average(model: ControlledUNet, path: Path) -> None:
-    """Puts the averaged weights of a checkpoint into the model, after `load_model`."""
-    weights = trainable_tensors(model)
-    for name, tensor in read_average(model, path).items():
-        weights[name].copy_(tensor)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from controlnet.checkpoints.trained import trainable_tensors
 from controlnet.config import ConfigError, did_you_mean
 
 OPTIMIZERS = {
@@ -94,13 +95,6 @@ class LearningRate:
         done = min(1.0, (step - self.warmup) / max(1, self.end - self.warmup))
         left = 1 - done if self.kind == "linear" else 0.5 * (1 + math.cos(math.pi * done))
         return self.min_lr + (self.lr - self.min_lr) * left
-
-
-def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that require a gradient, in place, under the names of the state_dict: those of checkpoints."""
-    with torch.enable_grad():  # else views of a trainable parameter would not require one
-        state = model.state_dict(keep_vars=True)
-    return {name: tensor.detach() for name, tensor in state.items() if tensor.requires_grad}
 
 
 class ExponentialAverage:

@@ -2,7 +2,8 @@
 
     err(kernel) <= 2 * err(PyTorch eager in the same dtype) + one rounding of the output dtype
 
-as the largest and as the root-mean-square error over the tensor, NaN and inf in the same places.
+as the largest and as the root-mean-square error over the tensor, NaN and inf in the same places. A rounding is at most
+half a unit in the last place, and the mean square of many is a third of that one's: the second measure allows no more.
 
 The error of eager is the largest of `DRAWS` draws. The first is its error on the given inputs; each further one is its
 error on neighbours of them, every element a unit or two in the last place away, against the exact result of those
@@ -118,11 +119,13 @@ def fault(
     finite = torch.isfinite(theirs)
     if not finite.any():
         return None
-    rounding = torch.finfo(ours.dtype).eps / 2 * terms**0.5
+    half_unit = torch.finfo(ours.dtype).eps / 2
+    many = min(1.0, (1 / 3 + finite.sum().item() ** -0.5) ** 0.5)  # with three standard deviations of the mean square
+    roundings = (half_unit, half_unit * many) if terms == 1 else (half_unit * terms**0.5,) * 2
     error, size, peer = _error(ours, exact, finite), _measure(exact[finite]), _error(theirs, exact, finite)
     for draw in itertools.chain([peer], draws):
         peer = Error(*map(max, peer, draw))
-        allowed = Error(*(2 * drawn + rounding * extent for drawn, extent in zip(peer, size, strict=True)))
+        allowed = Error(*(2 * p + rounding * s for p, rounding, s in zip(peer, roundings, size, strict=True)))
         if all(e <= enough * a for e, a in zip(error, allowed, strict=True)):
             break
     found = None

@@ -13,7 +13,6 @@ Times are CPU time of one thread. Providers take turns, and a ratio is the media
 """
 
 import argparse
-import collections
 import gc
 import importlib.util
 import json
@@ -318,15 +317,12 @@ def kernels(arch: int) -> list[dict[str, Any]]:
     """Rows {step, kernels}: how many kernels a step compiles that no step before it has."""
     rows = []
     for training, sizes in FIRST_STEPS.items():
-        compiled: list = []
+        compiled: list[str] = []
         with stub_gpu.installed(arch, compiled):
-            stub_gpu.forget_kernels()
             steps = FirstSteps(training, compiled)
             for batch, side in sizes:
                 name = f"{'training' if training else 'denoise'} step, batch {batch}, {8 * side}x{8 * side}"
                 rows.append({"step": name, "kernels": steps.step(batch, side)})
-            names = collections.Counter(name for name, _ in compiled)
-            rows[-1]["by_kernel"] = dict(names)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""A GPU that is not there: kernels are specialised and compiled for real, and never launched.
+"""A GPU that is not there: kernels are specialised for real, compiled where that is asked for, and never launched.
 
 CPU tensors stand for those of a GPU, results are whatever memory holds, and what is left is what a call costs the host
 and which kernels it compiles. `no_arithmetic` takes the heavy work of PyTorch's own operations away as well.
@@ -26,6 +26,21 @@ class Launcher:
 
     def __call__(self, *arguments: object) -> None:
         pass
+
+
+class Uncompiled:
+    """In place of a compiled kernel: what a launch asks of one."""
+
+    function, packed_metadata = 2, ()
+
+    def __init__(self, name: str):
+        self.name, self.run = name, Launcher(None, None)
+
+    def launch_metadata(self, grid: tuple, stream: int, *arguments: object) -> None:
+        return None
+
+    def __getitem__(self, grid: tuple) -> Launcher:
+        return lambda *arguments, stream=None: self.run(*grid, stream, *arguments)
 
 
 class _Utils:
@@ -80,11 +95,12 @@ class Driver:
 
 
 @contextmanager
-def installed(arch: int = 90, compiled: list | None = None) -> Iterator[Driver]:
+def installed(arch: int = 90, compiled: list[str] | None = None, really: bool = False) -> Iterator[Driver]:
     """Inside the block, Triton's kernels are those of such a GPU and CPU tensors are its tensors.
 
     Args:
-        compiled: gets (name of the kernel, compiled kernel), in the order of their first launches.
+        compiled: gets the name of each kernel that is compiled, one for each specialisation.
+        really: compile them, which takes up to a second each.
     """
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
@@ -93,10 +109,12 @@ def installed(arch: int = 90, compiled: list | None = None) -> Iterator[Driver]:
 
     compile_once = JITFunction._do_compile
 
-    def compile_and_note(self, *arguments, **options):
-        kernel = compile_once(self, *arguments, **options)
+    def compile_and_note(self, key, signature, device, *rest, **options):
         if compiled is not None:
-            compiled.append((self.__name__, kernel))
+            compiled.append(self.__name__)
+        if really:
+            return compile_once(self, key, signature, device, *rest, **options)
+        kernel = self.device_caches[device][0][key] = Uncompiled(self.__name__)
         return kernel
 
     stub = Driver(arch)
@@ -111,24 +129,21 @@ def installed(arch: int = 90, compiled: list | None = None) -> Iterator[Driver]:
             stack.enter_context(mock.patch.object(target, name, value))
         stack.enter_context(cnkernels.backend("triton"))
         driver.set_active(stub)
-        plans.forget()
+        _forget_kernels()
         try:
             yield stub
         finally:
             driver._active = before
-            plans.forget()
+            _forget_kernels()
 
 
-def forget_kernels() -> None:
+def _forget_kernels() -> None:
     """As in a process that has compiled nothing yet."""
-    import gc
-
-    from triton.runtime.jit import JITFunction
+    from triton.runtime import jit
 
     plans.forget()
-    for function in gc.get_objects():
-        if isinstance(function, JITFunction):
-            function.device_caches.clear()
+    for function in jit._triton_jit_function_registry.values():
+        function.device_caches.clear()
 
 
 def _empty_convolution(x: Tensor, weight: Tensor, bias, stride, padding, dilation, transposed, output_padding, groups):

@@ -109,6 +109,8 @@ void bind_zero_conv_add(py::module_& module) {
       .def_readwrite("scale", &ZeroConv::scale)
       .def_readwrite("scale_stride", &ZeroConv::scale_stride)
       .def_readwrite("factor", &ZeroConv::factor)
+      .def_readwrite("depth_partial", &ZeroConv::depth_partial)
+      .def_readwrite("depth_splits", &ZeroConv::depth_splits)
       .def_readwrite("dout", &ZeroConv::dout)
       .def_readwrite("dx", &ZeroConv::dx)
       .def_readwrite("dweight", &ZeroConv::dweight)
@@ -119,7 +121,9 @@ void bind_zero_conv_add(py::module_& module) {
       .def_readwrite("dot_partial", &ZeroConv::dot_partial)
       .def_readwrite("channel_sums", &ZeroConv::channel_sums)
       .def_readwrite("sum_parts", &ZeroConv::sum_parts);
-  module.attr("ZERO_CONV_TILE") = kZeroConvTile;
+  module.def("zero_conv_fwd_tiles", &zero_conv_fwd_tiles);
+  module.def("zero_conv_dx_tiles", &zero_conv_dx_tiles);
+  module.def("zero_conv_dweight_tiles", &zero_conv_dweight_tiles);
   module.attr("ZERO_CONV_GROUP") = kZeroConvGroup;
   module.def("zero_conv_add_fwd", &zero_conv_add_fwd);
   module.def("zero_conv_add_bwd", &zero_conv_add_bwd);

@@ -77,7 +77,6 @@ struct GroupNormFit {
 GroupNormFit group_norm_silu_fwd_fit(const Place& place, Dtype dtype, const GroupNormCut& cut);
 GroupNormFit group_norm_silu_bwd_fit(const Place& place, Dtype dtype, const GroupNormCut& cut);
 
-constexpr int kZeroConvTile = 64;   // rows and columns of the tiles that zero_conv_add computes
 constexpr int kZeroConvGroup = 16;  // layers in one launch
 
 // One layer: out [N, Cout, positions] = residual + scale * (weight [Cout, Cin] x [N, Cin, positions] + bias).
@@ -91,6 +90,10 @@ struct ZeroConv {
   int64_t scale_stride = 0;
   float factor = 1;
 
+  // The forward pass only: the sum over the input channels in `depth_splits` parts.
+  uintptr_t depth_partial = 0;  // float32 [depth_splits, N, Cout, positions] in the memory format of x, where not 1
+  int depth_splits = 1;
+
   // The backward pass only.
   uintptr_t dout = 0, dx = 0, dweight = 0, dbias = 0, dscale = 0;
   uintptr_t dweight_partial = 0;  // float32 [splits, Cout, Cin]
@@ -99,6 +102,11 @@ struct ZeroConv {
   uintptr_t channel_sums = 0;     // float32 [N, sum_parts, Cout], where dbias or dscale is asked for
   int sum_parts = 1;
 };
+
+// How a layer is cut: tiles of the forward pass, of dx of one sample, and of dweight.
+int zero_conv_fwd_tiles(Dtype dtype, const ZeroConv& layer);
+int zero_conv_dx_tiles(Dtype dtype, const ZeroConv& layer);
+int zero_conv_dweight_tiles(Dtype dtype, const ZeroConv& layer);
 
 // All layers share dtype and memory format; the launch is `blocks` persistent blocks. At most kZeroConvGroup layers.
 void zero_conv_add_fwd(const Place& place, Dtype dtype, const std::vector<ZeroConv>& layers, int blocks);

@@ -33,37 +33,41 @@ __device__ __forceinline__ float sum_over_block(float value, Shared<float> lanes
   return total;
 }
 
-template <class T, Along A, Along B>
-__global__ void __launch_bounds__(kThreads, 4)
+template <class G, Along A, Along B, class T = typename G::T>
+__global__ void __launch_bounds__(G::kThreads, G::kBlocks)
     zero_conv_add_bwd_dx_kernel(const __grid_constant__ Table<InputGradient<T>> table) {
   constexpr int kVector = 16 / sizeof(T);
-  CNK_STATIC_SHARED(float, warp_dots, kThreads / 32);
+  CNK_STATIC_SHARED(float, warp_dots, G::kThreads / 32);
   Arena arena;
-  const Workspace<T, A, B> workspace(arena);
+  const Workspace<G, A, B> workspace(arena);
   for (int unit = blockIdx.x; unit < table.first[table.count]; unit += gridDim.x) {
     const int item = table.item_of(unit);
     const InputGradient<T>& layer = table.items[item];
     const int tile = unit - table.first[item], tile_row = tile / layer.column_tiles;
-    const int64_t batch = tile_row / layer.row_tiles;
-    const int64_t row0 = static_cast<int64_t>(tile_row % layer.row_tiles) * kTile;
-    const int64_t column0 = static_cast<int64_t>(tile % layer.column_tiles) * kTile;
-    const int64_t steps = ceil_div<int64_t>(layer.depth, kDepth);
-    accumulate(layer, workspace, row0, column0, batch * steps, (batch + 1) * steps);
-    const float scale = layer.scale.of(batch);
+    const int batch = tile_row / layer.row_tiles;
+    const int row0 = tile_row % layer.row_tiles * G::kRows;
+    const int column0 = tile % layer.column_tiles * G::kColumns;
+    const int steps = ceil_div(layer.depth, kDepth);
+    typename G::Accumulators acc = {};
+    accumulate<G, A, B>(acc, layer, workspace, row0, column0, batch * steps, (batch + 1) * steps);
     float dot = 0.0f;
-    for_each_vector<T>(workspace.surface, [&](int in_row, int in_column, Vec<float, kVector>& values) {
-      const int64_t row = row0 + in_row, column = column0 + in_column;
+    for_each_vector<G, A, B>(workspace, acc, [&](int in_row, int in_column, Vec<float, kVector>& values) {
+      const int row = row0 + in_row, column = column0 + in_column;
       if (row >= layer.rows || column >= layer.columns) return;
+      const RowOf at = layer.sample_of(batch, row);
       if (layer.dot) {
-        const auto x = read_row<T, kVector>(layer.x, batch, row, column, layer.columns);
+        const auto x = read_row<T, kVector>(layer.x, at.sample, at.row, column, layer.columns);
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) dot += x[i] * values[i];  // beyond the tensor both are zero
+        for (int i = 0; i < kVector; ++i)
+          if (column + i < layer.columns) dot += x[i] * values[i];
       }
       if (!layer.dx.data) return;
+      const float scale = layer.scale.of(at.sample);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) values[i] *= scale;
-      write_row<T, kVector>(layer.dx, batch, row, column, layer.columns, values);
+      write_row<T, kVector>(layer.dx, at.sample, at.row, column, layer.columns, values);
     });
+    sync_block();  // the patches are done with
     if (layer.dot) {
       dot = sum_over_block(dot, warp_dots);
       if (threadIdx.x == 0) layer.dot.store(tile, dot);
@@ -71,10 +75,11 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-template <class T>
+template <class G, class T = typename G::T>
 InputGradient<T> make_input_gradient(const ZeroConv& call, int64_t& units) {
   InputGradient<T> layer = {};
-  set_extents(layer, call, call.in_channels, call.out_channels);
+  set_extents<G>(layer, call, call.in_channels, call.out_channels);
+  if (!call.dot_partial) merge_samples<G>(layer, call);  // a dot product is that of one sample
   const Operand<T> dout = activations<T>(call, call.dout, call.out_channels);
   const Operand<T> weight = operand<T>(call.weight, 0, call.in_channels);
   layer.a = call.channels_last ? dout : weight;
@@ -95,46 +100,49 @@ struct WeightGradient : Problem<T> {
   int ranges;  // a range of steps has one scale: one per sample, or one for all
 };
 
-template <class T, Along A, Along B>
-__global__ void __launch_bounds__(kThreads, 4)
+template <class G, Along A, Along B, class T = typename G::T>
+__global__ void __launch_bounds__(G::kThreads, G::kBlocks)
     zero_conv_add_bwd_dweight_kernel(const __grid_constant__ Table<WeightGradient<T>> table) {
+  constexpr int kVector = 16 / sizeof(T);
   Arena arena;
-  const Workspace<T, A, B> workspace(arena);
+  const Workspace<G, A, B> workspace(arena);
   for (int unit = blockIdx.x; unit < table.first[table.count]; unit += gridDim.x) {
     const int item = table.item_of(unit);
     const WeightGradient<T>& layer = table.items[item];
     const int tile = unit - table.first[item], tile_row = tile / layer.column_tiles;
     const int split = tile_row / layer.row_tiles, splits_per_range = layer.splits / layer.ranges;
     const int range = split / splits_per_range;
-    const int64_t row0 = static_cast<int64_t>(tile_row % layer.row_tiles) * kTile;
-    const int64_t column0 = static_cast<int64_t>(tile % layer.column_tiles) * kTile;
-    const int steps = static_cast<int>(ceil_div<int64_t>(layer.depth, kDepth)) * (layer.batches / layer.ranges);
+    const int row0 = tile_row % layer.row_tiles * G::kRows;
+    const int column0 = tile % layer.column_tiles * G::kColumns;
+    const int steps = ceil_div(layer.depth, kDepth) * (layer.batches / layer.ranges);
     const int per_split = ceil_div(steps, splits_per_range), begin = split % splits_per_range * per_split;
-    const int end = begin + per_split < steps ? begin + per_split : steps;
-    const int64_t origin = static_cast<int64_t>(range) * steps;
-    accumulate(layer, workspace, row0, column0, origin + begin, origin + (begin < end ? end : begin));
+    const int end = begin + per_split < steps ? begin + per_split : steps, origin = range * steps;
+    typename G::Accumulators acc = {};
+    accumulate<G, A, B>(acc, layer, workspace, row0, column0, origin + begin, origin + (begin < end ? end : begin));
     const float scale = layer.scale.of(range);
-    for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
-      const int64_t row = row0 + i / kTile, column = column0 + i % kTile;
-      if (row < layer.rows && column < layer.columns)
-        layer.partial.store((split * layer.rows + row) * layer.columns + column,
-                            scale * workspace.surface.load(i / kTile * kSurfaceLine + i % kTile));
-    }
-    sync_block();  // a split without steps has no other barrier before the surface is written again
+    for_each_vector<G, A, B>(workspace, acc, [&](int in_row, int in_column, Vec<float, kVector>& values) {
+      const int row = row0 + in_row, column = column0 + in_column;
+      if (row >= layer.rows || column >= layer.columns) return;
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) values[i] *= scale;
+      store_floats(layer.partial + ((static_cast<int64_t>(split) * layer.rows + row) * layer.columns + column), values, layer.columns,
+                   column);
+    });
+    sync_block();  // the patches are done with
   }
 }
 
-template <class T>
+template <class G, class T = typename G::T>
 WeightGradient<T> make_weight_gradient(const ZeroConv& call, int64_t& units) {
   WeightGradient<T> layer = {};
   layer.a = activations<T>(call, call.dout, call.out_channels);
   layer.b = activations<T>(call, call.x, call.in_channels);
-  layer.rows = call.out_channels;
-  layer.columns = call.in_channels;
-  layer.depth = call.positions;
+  layer.rows = extent(call.out_channels);
+  layer.columns = extent(call.in_channels);
+  layer.depth = extent(call.positions);
   layer.batches = static_cast<int>(call.samples);
-  layer.row_tiles = tiles(layer.rows);
-  layer.column_tiles = tiles(layer.columns);
+  layer.row_tiles = tiles(layer.rows, G::kRows);
+  layer.column_tiles = tiles(layer.columns, G::kColumns);
   layer.scale = scale_of(call);
   layer.partial = {reinterpret_cast<float*>(call.dweight_partial)};
   layer.splits = call.splits;
@@ -185,7 +193,7 @@ struct Sums {
         channel_stride(call.channels_last ? 1 : call.positions),
         position_stride(call.channels_last ? call.out_channels : 1),
         parts(call.sum_parts),
-        tiles(product::tiles(call.positions) * product::tiles(call.in_channels)),
+        tiles(input_tiles<T>(call.channels_last, call.in_channels, call.positions)),
         channels_last(call.channels_last) {}
 
   __device__ __forceinline__ float channel_sum(int64_t sample, int64_t channel) const {
@@ -279,18 +287,21 @@ void launch_sums(const Place& place, const ZeroConv& layer) {
            sums);
 }
 
-template <class T, class Table, class Kernel>
+template <class G, class Table, class Kernel>
 void launch_products(const Place& place, const Table& table, Kernel kernel, size_t shared, int blocks) {
   const int units = table.first[table.count];
-  launch(kName, kernel, place, {units < blocks ? units : blocks, kThreads, shared}, table);
+  launch(kName, kernel, place, {units < blocks ? units : blocks, G::kThreads, shared}, table);
 }
 
 template <class T, Along DX_A, Along DW>
 void launch_backward(const Place& place, const std::vector<ZeroConv>& layers, int blocks) {
-  launch_products<T>(place, make_table<InputGradient<T>>(kName, layers, make_input_gradient<T>),
-                     zero_conv_add_bwd_dx_kernel<T, DX_A, Along::index>, shared_bytes<T, DX_A, Along::index>(), blocks);
-  launch_products<T>(place, make_table<WeightGradient<T>>(kName, layers, make_weight_gradient<T>),
-                     zero_conv_add_bwd_dweight_kernel<T, DW, DW>, shared_bytes<T, DW, DW>(), blocks);
+  using X = std::conditional_t<DX_A == Along::depth, ChannelColumns<T>, ChannelRows<T>>;
+  using W = ChannelsBoth<T>;
+  launch_products<X>(place, make_table<InputGradient<T>>(kName, layers, make_input_gradient<X>),
+                     zero_conv_add_bwd_dx_kernel<X, DX_A, Along::index>, Workspace<X, DX_A, Along::index>::kBytes,
+                     blocks);
+  launch_products<W>(place, make_table<WeightGradient<T>>(kName, layers, make_weight_gradient<W>),
+                     zero_conv_add_bwd_dweight_kernel<W, DW, DW>, Workspace<W, DW, DW>::kBytes, blocks);
   for (const ZeroConv& layer : layers) launch_sums<T>(place, layer);
 }
 
@@ -306,6 +317,23 @@ void zero_conv_add_bwd(const Place& place, Dtype dtype, const std::vector<ZeroCo
     else
       launch_backward<T, Along::index, Along::depth>(place, layers, blocks);
   });
+}
+
+int zero_conv_dx_tiles(Dtype dtype, const ZeroConv& layer) {
+  int count = 0;
+  product::with_type(dtype, [&](auto element) {
+    count = product::input_tiles<decltype(element)>(layer.channels_last, layer.in_channels, layer.positions);
+  });
+  return count;
+}
+
+int zero_conv_dweight_tiles(Dtype dtype, const ZeroConv& layer) {
+  int count = 0;
+  product::with_type(dtype, [&](auto element) {
+    using G = product::ChannelsBoth<decltype(element)>;
+    count = product::tiles(layer.out_channels, G::kRows) * product::tiles(layer.in_channels, G::kColumns);
+  });
+  return count;
 }
 
 }  // namespace cnk

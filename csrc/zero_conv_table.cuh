@@ -38,20 +38,51 @@ Surface<T> dense_surface(const ZeroConv& layer, uintptr_t address, int64_t chann
   return surface<T>(address, channels * layer.positions, layer.channels_last ? channels : layer.positions, 1);
 }
 
-inline int tiles(int64_t extent) {
-  return static_cast<int>(ceil_div<int64_t>(extent, kTile));
+inline int extent(int64_t size) {
+  if (size > 0x7fffffff) throw std::runtime_error("zero_conv_add: over 2^31 - 1 positions or channels");
+  return static_cast<int>(size);
+}
+
+inline int tiles(int64_t extent, int tile) {
+  return static_cast<int>(ceil_div<int64_t>(extent, tile));
 }
 
 // Fills `problem` for out = a * b with the positions as rows in channels_last and as columns in the contiguous format.
-template <class T>
+template <class G, class T = typename G::T>
 void set_extents(Problem<T>& problem, const ZeroConv& layer, int64_t channels, int64_t depth) {
-  problem.rows = layer.channels_last ? layer.positions : channels;
-  problem.columns = layer.channels_last ? channels : layer.positions;
-  problem.depth = depth;
+  problem.rows = extent(layer.channels_last ? layer.positions : channels);
+  problem.columns = extent(layer.channels_last ? channels : layer.positions);
+  problem.depth = extent(depth);
   problem.batches = static_cast<int>(layer.samples);
-  problem.row_tiles = tiles(problem.rows);
-  problem.column_tiles = tiles(problem.columns);
+  problem.row_tiles = tiles(problem.rows, G::kRows);
+  problem.column_tiles = tiles(problem.columns, G::kColumns);
   problem.scale = scale_of(layer);
+}
+
+// In channels_last the samples follow each other as positions do: a tile may hold rows of several.
+template <class G, class T = typename G::T>
+void merge_samples(Problem<T>& problem, const ZeroConv& layer) {
+  if (!layer.channels_last || layer.samples * layer.positions > 0x7fffffff) return;
+  problem.rows_per_sample = static_cast<unsigned>(layer.positions);
+  problem.rows = extent(layer.samples * layer.positions);
+  problem.batches = 1;
+  problem.row_tiles = tiles(problem.rows, G::kRows);
+}
+
+// run(G{}) with how the products over positions are tiled, forward and dx.
+template <class T, class Run>
+auto with_tiling(bool channels_last, const Run& run) {
+  return channels_last ? run(ChannelColumns<T>{}) : run(ChannelRows<T>{});
+}
+
+// Tiles of dx of one sample.
+template <class T>
+int input_tiles(bool channels_last, int64_t channels, int64_t positions) {
+  return with_tiling<T>(channels_last, [&](auto tiling) {
+    using G = decltype(tiling);
+    const int64_t rows = channels_last ? positions : channels, columns = channels_last ? channels : positions;
+    return tiles(rows, G::kRows) * tiles(columns, G::kColumns);
+  });
 }
 
 template <class Item, class Make>

@@ -13,7 +13,8 @@ from cnkernels import extension, layout
 Scale = float | Tensor
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
-_BLOCKS_PER_MULTIPROCESSOR = 4  # of 128 threads and at most 56 KiB of shared memory
+_BLOCKS_PER_MULTIPROCESSOR = 2  # of at most 320 threads and 75 KiB of shared memory
+_STEPS_PER_SPLIT = 8  # of the forward's depth, at least
 _DEPTH = 32  # positions that one step of dweight sums
 
 
@@ -42,9 +43,12 @@ def zero_conv_add_group_fwd(calls: Sequence[tuple]) -> list[Tensor]:
     """
     layers = [_with_out(_with_dense_scale(Layer(*call))) for call in calls]
     x = layers[0].x
-    library, place = extension.prepare(x, *(t for layer in layers for t in layer if isinstance(t, Tensor)))
+    library = extension.module_for(x.device)
+    calls = [_describe(library, layer, layer.out) for layer in layers]
+    partials = _split_depths(library, x, calls)
+    library, place = extension.prepare(x, *partials, *(t for layer in layers for t in layer if isinstance(t, Tensor)))
     blocks = _BLOCKS_PER_MULTIPROCESSOR * extension.multiprocessors(x.device)
-    for group in _launches(library, [_describe(library, layer, layer.out) for layer in layers]):
+    for group in _launches(library, calls):
         library.zero_conv_add_fwd(place, extension.dtype_of(library, x), group, blocks)
     return [layer.out for layer in layers]
 
@@ -67,22 +71,35 @@ def zero_conv_add_group_bwd(calls: Sequence[tuple]) -> list[Gradients]:
     douts = [layout.match(call[0], layer.x) for call, layer in zip(calls, layers, strict=True)]
     needs = [call[-1] for call in calls]
     gradients = [_empty_gradients(layer, need) for layer, need in zip(layers, needs, strict=True)]
-    plans = [_workspace(library, layer, need, blocks) for layer, need in zip(layers, needs, strict=True)]
+    calls = [_describe(library, layer, dout) for layer, dout in zip(layers, douts, strict=True)]
+    plans = [_workspace(library, *cut, blocks) for cut in zip(calls, layers, needs, strict=True)]
     tensors = [t for made in (*layers, *gradients, *plans) for t in made if isinstance(t, Tensor)]
     library, place = extension.prepare(x, *douts, *tensors)
-    calls = []
-    for dout, layer, made, plan in zip(douts, layers, gradients, plans, strict=True):
-        call = _describe(library, layer, dout)
+    for dout, call, made, plan in zip(douts, calls, gradients, plans, strict=True):
         call.dout = dout.data_ptr()
         call.dx, call.dweight, call.dbias, call.dscale = (extension.address(t) for t in made)
         partial, call.splits, dots, sums, call.sum_parts = plan
         call.dweight_partial, call.dot_partial, call.channel_sums = (
             extension.address(t) for t in (partial, dots, sums)
         )
-        calls.append(call)
     for group in _launches(library, calls):
         library.zero_conv_add_bwd(place, extension.dtype_of(library, x), group, blocks)
     return gradients
+
+
+def _split_depths(library: ModuleType, x: Tensor, calls: Sequence[object]) -> list[Tensor]:
+    """Cuts the depths where all tiles together leave multiprocessors idle; the workspace that this takes."""
+    dtype, multiprocessors = extension.dtype_of(library, x), extension.multiprocessors(x.device)
+    tiles = sum(library.zero_conv_fwd_tiles(dtype, call) for call in calls)
+    partials = []
+    for call in calls:
+        steps = math.ceil(call.in_channels / _DEPTH)
+        call.depth_splits = max(1, min(steps // _STEPS_PER_SPLIT, multiprocessors // max(1, tiles)))
+        if call.depth_splits > 1:
+            size = call.depth_splits, call.samples, call.out_channels, call.positions
+            partials.append(torch.empty(size, dtype=torch.float32, device=x.device))
+            call.depth_partial = partials[-1].data_ptr()
+    return partials
 
 
 def _launches(library: ModuleType, calls: Sequence[object]) -> Iterator[list[object]]:
@@ -135,11 +152,11 @@ def _empty_gradients(layer: Layer, need: tuple[bool, bool, bool, bool]) -> Gradi
     return tuple(torch.empty_like(t) if wanted else None for t, wanted in zip(inputs, need, strict=True))
 
 
-def _workspace(library: ModuleType, layer: Layer, need: tuple[bool, bool, bool, bool], blocks: int):
+def _workspace(library: ModuleType, call, layer: Layer, need: tuple[bool, bool, bool, bool], blocks: int):
     """(dweight partials, splits, dot products, channel sums, sum parts), float32, None where not needed."""
     x = layer.x
     samples, channels, positions = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-    out_channels, tile = layer.weight.shape[0], library.ZERO_CONV_TILE
+    out_channels, dtype = layer.weight.shape[0], extension.dtype_of(library, x)
 
     def new(*size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float32, device=x.device)
@@ -149,11 +166,11 @@ def _workspace(library: ModuleType, layer: Layer, need: tuple[bool, bool, bool, 
     if need[1]:
         ranges = samples if isinstance(layer.scale, Tensor) and layer.scale.dim() else 1  # one scale in each
         steps = math.ceil(positions / _DEPTH) * samples // ranges
-        tiles = math.ceil(out_channels / tile) * math.ceil(channels / tile)
+        tiles = library.zero_conv_dweight_tiles(dtype, call)
         splits = ranges * max(1, min(steps // 4, blocks // (tiles * ranges)))
         partial = new(splits, out_channels, channels)
     if need[3]:
-        dots = new(samples, math.ceil(positions / tile) * math.ceil(channels / tile))
+        dots = new(samples, library.zero_conv_dx_tiles(dtype, call))
     if need[2] or (need[3] and layer.bias is not None):
         sum_parts = max(1, min(positions // 64, blocks // (samples * math.ceil(out_channels / 32))))
         sums = new(samples, sum_parts, out_channels)

@@ -138,6 +138,12 @@ struct Shared {
     return {offset + first * sizeof(T), static_cast<size_t>(count), block, name};
   }
 
+  // The same bytes as elements of another type.
+  template <class U>
+  Shared<U> as(const char* other_name) const {
+    return {offset, size * sizeof(T) / sizeof(U), block, other_name};
+  }
+
   // The same buffer in another block of the cluster.
   Shared at_rank(int rank) const { return {offset, size, rank, name}; }
 };
@@ -170,6 +176,11 @@ struct Shared {
   }
 
   __device__ __forceinline__ Shared slice(int first, int) const { return {pointer + first}; }
+
+  template <class U>
+  __device__ __forceinline__ Shared<U> as(const char*) const {
+    return {reinterpret_cast<U*>(pointer)};
+  }
 
   __device__ __forceinline__ unsigned address(int i) const {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer + i));

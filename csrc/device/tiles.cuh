@@ -44,6 +44,47 @@ class TileStream {
   int64_t pass_, tile_;
 };
 
+// The same for one tile of a matrix product that may end within the tensor's edge, tile after tile along the depth: lines
+// and columns beyond the edge are read from the last ones that are there, which gives products that nobody uses.
+template <int ROWS, int WIDTH, int LINE, int THREADS, class T>
+class EdgeStream {
+ public:
+  static constexpr int kPiece = 16 / sizeof(T), kPieces = WIDTH / kPiece;
+  static constexpr int kRowsPerPass = THREADS / kPieces < ROWS ? THREADS / kPieces : ROWS;
+  static constexpr int kPasses = (ROWS + kRowsPerPass - 1) / kRowsPerPass;
+  static_assert(WIDTH % kPiece == 0 && kPieces <= THREADS, "a line is whole pieces, at most one a thread");
+
+  // `advance` elements from one tile to the next. valid_width is a multiple of 16 bytes.
+  __device__ __forceinline__ EdgeStream(Global<const T> first_line, int64_t from_line, int valid_rows,
+                                        int valid_width, int64_t advance)
+      : row_(static_cast<int>(threadIdx.x) / kPieces), advance_(advance) {
+    const int column = static_cast<int>(threadIdx.x) % kPieces * kPiece;
+    to_ = row_ * LINE + column;
+    const int last = (valid_width < WIDTH ? valid_width : WIDTH) - kPiece, rows = valid_rows < ROWS ? valid_rows : ROWS;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = row_ + pass * kRowsPerPass;
+      from_[pass] = first_line + ((row < rows ? row : rows - 1) * from_line + (column < last ? column : last));
+    }
+  }
+
+  __device__ __forceinline__ void copy_tile(Shared<T> tile) {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      constexpr bool kAllThreads = THREADS == kRowsPerPass * kPieces;
+      const bool last = pass + 1 == kPasses && ROWS % kRowsPerPass != 0;
+      if ((kAllThreads || row_ < kRowsPerPass) && (!last || row_ < ROWS % kRowsPerPass))
+        copy_async_piece(tile, to_ + pass * kRowsPerPass * LINE, from_[pass]);
+      from_[pass] = from_[pass] + advance_;
+    }
+  }
+
+ private:
+  int row_, to_;
+  int64_t advance_;
+  Global<const T> from_[kPasses];
+};
+
 // Copies a tile of ROWS lines of WIDTH elements into shared memory, zeros where the source ends: asynchronously in
 // 16-byte pieces if `vectors`, else element by element. All THREADS threads of the block take part. For the tiles at
 // the edges: a whole tile in a loop is a TileStream's.
@@ -63,7 +104,9 @@ __device__ __forceinline__ void load_tile(Shared<T> tile, int line, Global<const
       copy_async(tile, row * line + column, from, at, valid);
     } else {
       Vec<T, kPiece> piece = {};
-      for (int i = 0; i < valid; ++i) piece[i] = from.load(at + i);
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i)
+        if (i < valid) piece[i] = from.load(at + i);
       tile.template store_vec<kPiece>(row * line + column, piece);
     }
   }

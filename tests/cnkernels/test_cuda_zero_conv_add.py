@@ -5,7 +5,7 @@ import torch
 
 from cnkernels import extension
 from cnkernels.zero_conv_add import cuda_kernels
-from tests.cnkernels import harness
+from tests.cnkernels import harness, host_build
 from tests.cnkernels.harness import DEVICE, randn
 from tests.cnkernels.test_zero_conv_add import eager, fused, inputs, reductions
 
@@ -71,3 +71,43 @@ def test_every_cut_of_the_backward_keeps_the_rule(monkeypatch, dtype, scale, blo
     tensors = inputs(*shape, randn() if scale == "0-d" else randn(3))
     terms = {**reductions(3, *shape[2:]), 4: tensors[3].numel()}
     harness.compare(fused(), eager(), tensors, dtype, "cuda", reductions=terms)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the build for the CPU has as many multiprocessors as it is told")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", harness.DTYPES, ids=str)
+def test_a_long_depth_is_cut_into_splits(dtype, layout):
+    """Few tiles on many multiprocessors: the sum over 800 channels in three parts, the last one shorter, and ragged."""
+    arrange = harness.channels_last if layout == "channels_last" else harness.as_is
+    tensors = inputs(2, 792, 48, 3, 5, randn(2))
+    with host_build.execute_as(80):
+        harness.compare(fused(), eager(), tensors, dtype, "cuda", arrange=arrange, backward=False)
+        names = [(name, blocks) for name, blocks, *_ in extension.module_for(DEVICE).launches()]
+    assert len(names) == 2  # the products, and the sum over the splits
+    assert names[0][1] % 3 == 0
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="launches are listed by the build for the CPU")
+def test_samples_share_tiles_in_channels_last():
+    """Two samples of 64 positions are one tile of 128 rows; each has its own scale and its place in a wider tensor."""
+    x, weight = randn(2, 160, 8, 8).half(), randn(160, 160, 1, 1).half()
+    wide = harness.channels_last(torch.full((2, 200, 8, 8), torch.nan, dtype=torch.float16, device=DEVICE))
+    scale = torch.tensor([0.5, -2.0], device=DEVICE)
+    arguments = (harness.channels_last(x), weight, None, None, scale)
+    cuda_kernels.zero_conv_add_fwd(*arguments, wide[:, 24:184])
+    assert [blocks for _, blocks, *_ in extension.module_for(DEVICE).launches()] == [1]
+    expected = torch.nn.functional.conv2d(x.double(), weight.double()) * scale.double()[:, None, None, None]
+    torch.testing.assert_close(wide[:, 24:184].double(), expected, rtol=1e-3, atol=1e-2)
+    assert wide[:, :24].isnan().all() and wide[:, 184:].isnan().all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_several_tiles_that_end_within_the_tensor(dtype, layout):
+    """Rows and columns beyond the edge are read from the last ones that are there, and must reach no result."""
+    arrange = harness.channels_last if layout == "channels_last" else harness.as_is
+    shape = (1, 168, 176, 9, 16)
+    harness.compare(
+        fused(), eager(), inputs(*shape, randn()), dtype, "cuda", arrange=arrange,
+        reductions={**reductions(1, *shape[2:]), 4: shape[2] * shape[3] * shape[4]},
+    )  # fmt: skip

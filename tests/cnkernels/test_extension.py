@@ -113,8 +113,8 @@ def test_code_that_does_not_run_here_is_a_reason_and_no_exception(unusable, monk
     gpu = torch.device("cuda", 0)
     reason = dispatch.why_not("attention", "cuda", gpu, torch.float16, 40)
     assert reason == (
-        "the CUDA extension, built for 90a, does not run on GPU 0, of compute capability 8.6 (probe: no kernel image is "
-        "available for execution on the device); CNKERNELS_ARCHS=86 when it is built makes it"
+        "the CUDA extension, built for 90a, does not run on GPU 0, of compute capability 8.6 (probe: no kernel image "
+        "is available for execution on the device); CNKERNELS_ARCHS=86 when it is built makes it"
     )
     assert reason in extension.status()
     with cnkernels.backend("auto"):

@@ -177,7 +177,10 @@ def read_hint(path: Path | str, size: tuple[int, int] | None = None, reader: Hin
         ValueError: naming the file and why it cannot be used.
     """
     reader, notes = reader or HintReader(), []
-    data = Path(path).read_bytes()
+    with open(path, "rb") as file:
+        data = file.read(images.MAX_BYTES + 1)  # a device has no end
+    if len(data) > images.MAX_BYTES:
+        raise ValueError(f"the hint {path} has more than {images.MAX_BYTES} bytes")
     try:
         pixels = reader.decode(reader.open(data), notes)
     except ImageError as error:
@@ -202,9 +205,11 @@ def nearest(pixels: np.ndarray, size: tuple[int, int], box: tuple[int, int, int,
         box: (left, top, right, bottom) within it.
     """
     height, width = pixels.shape[:2]
+    if (width, height) == size:
+        return pixels[box[1] : box[3], box[0] : box[2]]
     columns = (2 * np.arange(box[0], box[2]) + 1) * width // (2 * size[0])  # the pixel that the centre falls into
     rows = (2 * np.arange(box[1], box[3]) + 1) * height // (2 * size[1])
-    return pixels[rows[:, None], columns]
+    return pixels[rows].take(columns, axis=1)
 
 
 def _open_npy(data: bytes) -> np.ndarray:

@@ -26,6 +26,7 @@ IMAGE_FORMATS = {
     "pnm": "PPM",
 }
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow refuses: 179 million
+MAX_BYTES = 1 << 30  # of a file; a hint of 16 channels and as many pixels as a photograph has less
 WHITE = (255, 255, 255)
 
 # What Pillow's decoders raise on damaged files.

@@ -166,6 +166,8 @@ def read_extensions(configured: Mapping[str, str] | None) -> tuple[tuple[tuple[s
             extension = extension.strip().lstrip(".")
             pairs.append((extension, role))
             kind = extension.rpartition(".")[2]
+            if role == "caption" and kind == "json":
+                raise DataError(f"{where}.caption is {extensions!r}; expected text, such as txt: JSON is not searched")
             if role == "caption" or (role == "hint" and kind == "npy"):
                 continue
             if kind not in IMAGE_FORMATS:

@@ -293,6 +293,8 @@ def read_members(sample: Sample) -> dict[str, bytes]:
             if sample.stamp is not None and stamp_of(os.fstat(shard.fileno())) != sample.stamp:
                 raise ReplacedShard
             for role, (at, length) in sample.members.items():
+                if length > images.MAX_BYTES:
+                    raise BadSample(f"{role} has more than {images.MAX_BYTES} bytes")
                 shard.seek(at)
                 data[role] = shard.read(length)
                 if len(data[role]) != length:

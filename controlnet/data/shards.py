@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import os
 import pickle
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ class DataError(ValueError):
     """The data cannot be used as configured; the message names the key, what came and what was expected."""
 
 
+GIT_LFS = b"version https://git-lfs"  # what a clone without its large files has in their place
 Stamp = tuple[int, int, int, int]  # what tells a file from another that takes its name: device, inode, size, mtime
 
 
@@ -134,13 +136,25 @@ def list_shards(patterns: str | Sequence[str], root: str | None = None, chunk_si
         paths += found
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
-        raise DataError(f"data.train.dataset_path: {len(missing)} of {len(paths)} shards are missing: {missing[0]}")
+        raise DataError(
+            f"data.train.dataset_path: {len(missing)} of {len(paths)} shards are missing: {_what_is(missing[0])}"
+        )
     if not paths:
         raise DataError(f"data.train.dataset_path names no shard: {', '.join(patterns)}")
     twice = [path for path, count in Counter(map(os.path.realpath, paths)).items() if count > 1]
     if twice:
         raise DataError(f"data.train.dataset_path names a shard twice: {twice[0]}")
     return ShardList(paths, None if None in counts else sum(counts))
+
+
+def _what_is(path: str) -> str:
+    """A path that is no file, with the cure where there is one."""
+    scheme = re.search(r"(^|/)([a-z0-9]+://?|pipe:)", path)
+    if os.path.isdir(path):
+        return f"{path} is a folder; name the tar files in it, as {os.path.join(path, '*.tar')}"
+    if scheme is not None:
+        return f"{path} is an address; samples are read by their place in a file, so download the shards"
+    return path
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -188,10 +202,15 @@ def take_stock(
             stock.shards.append(path)
             continue
         index = index_shard(path, extensions, ignored)
-        if any(drop.reason == "shard compressed" for drop in index.drops):
+        reasons = [drop.reason for drop in index.drops]
+        if "shard compressed" in reasons:
             raise DataError(
                 f"data.train.dataset_path: {path} is compressed ({index.drops[0].detail}); samples are read by their"
                 " place in the file, which needs a plain tar: decompress it, for example with gunzip"
+            )
+        if "shard is a Git LFS pointer" in reasons:
+            raise DataError(
+                f"data.train.dataset_path: {path} is a Git LFS pointer and not the shard itself; run git lfs pull"
             )
         samples += len(index.samples)
         stock.drops.extend(index.drops)
@@ -212,7 +231,7 @@ def _starts_with_a_header(path: str) -> bool:
             block = file.read(tar.BLOCK)
     except OSError:
         return False
-    return any(block) and tar.compression(block) is None
+    return any(block) and tar.compression(block) is None and not block.startswith(GIT_LFS)
 
 
 def index_shard(path: str, extensions: tuple[tuple[str, str], ...], ignored: tuple[str, ...] = ()) -> ShardIndex:
@@ -288,9 +307,12 @@ def _read_headers(path: str) -> tuple[list[tuple[str, str, int, int]], Drop | No
     headers = []
     try:
         with open(path, "rb") as file:
-            packed = tar.compression(file.read(8))
+            start = file.read(len(GIT_LFS))
+            packed = tar.compression(start)
             if packed is not None:
                 return [], Drop("shard compressed", path, "", packed)
+            if start == GIT_LFS:
+                return [], Drop("shard is a Git LFS pointer", path, "")
             for member in tar.members(file):
                 folder, slash, name = member.name.rpartition("/")
                 stem, dot, extension = name.partition(".")

@@ -181,6 +181,18 @@ class TestNothingUsable:
         with pytest.raises(DataError, match=r"1\.tar is compressed \(gzip\); .* decompress it"):
             loader(tmp_path, chunk_size=chunk_size)
 
+    @pytest.mark.parametrize("chunk_size", [None, 4])
+    def test_a_git_lfs_pointer_is_said_to_be_one(self, tmp_path, chunk_size):
+        write_shard(tmp_path / "0.tar", range(4))
+        (tmp_path / "1.tar").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4096\n")
+        with pytest.raises(DataError, match=r"1\.tar is a Git LFS pointer.* git lfs pull"):
+            loader(tmp_path, chunk_size=chunk_size)
+
+    def test_captions_are_not_searched_in_json(self, tmp_path):
+        write_shard(tmp_path / "0.tar", range(4))
+        with pytest.raises(DataError, match="extensions.caption is 'txt;json'; expected text"):
+            loader(tmp_path, train={"extensions": {"caption": "txt;json"}})
+
     def test_the_commonest_of_several_reasons_comes_first(self):
         drops = [Drop("missing hint", "a.tar", "1"), *[Drop("shard damaged", f"{n}.tar", "") for n in range(2)]]
         text = advice(drops)

@@ -224,6 +224,14 @@ def test_sizes_are_compared_before_anything_is_decoded(tmp_path, monkeypatch):
         read(tmp_path, {**members(1), "png": saved(large, "PNG")})
 
 
+def test_a_member_of_more_bytes_than_a_picture_has_is_not_read(tmp_path):
+    path = write_tar(tmp_path / "one.tar", [(f"key.{extension}", data) for extension, data in members(1).items()])
+    (sample,) = index_shard(str(path), (("jpg", "image"), ("txt", "caption"), ("png", "hint"))).samples
+    sample.members["hint"] = (sample.members["hint"][0], (1 << 30) + 1)
+    with pytest.raises(BadSample, match=r"^hint has more than \d+ bytes$"):
+        read_sample(sample, FORMATS, AS_IT_IS, None, np.random.default_rng(0))
+
+
 def test_another_file_of_the_shards_name_is_not_read_by_the_old_places(tmp_path):
     extensions = (("jpg", "image"), ("txt", "caption"), ("png", "hint"))
     path = write_tar(tmp_path / "one.tar", [(f"key.{extension}", data) for extension, data in members(1).items()])

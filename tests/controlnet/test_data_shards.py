@@ -75,6 +75,10 @@ def test_wdinfo_names_shards_beside_it_or_under_the_root(three, tmp_path):
         (["nothing*.tar"], r"missing: .*nothing\*\.tar"),
         (["000.tar", "*.tar"], r"a shard twice: .*000\.tar"),
         (["wdinfo.pkl"], r"cannot read .*wdinfo\.pkl"),
+        (["."], r"\. is a folder; name the tar files in it, as .*\*\.tar"),
+        (["https://example.org/0.tar"], "0.tar is an address; .* download the shards"),
+        (["s3://bucket/0.tar"], "is an address"),
+        (["pipe:curl -s https://example.org/0.tar"], "is an address"),
     ],
 )
 def test_a_list_that_cannot_be_used_is_one_error(three, tmp_path, patterns, message):

@@ -6,6 +6,7 @@ package that a name belongs to is neither imported nor run. A name that only an 
 """
 
 import _compat_pickle
+import mmap
 import pickle
 import pickletools
 import re
@@ -117,15 +118,15 @@ def _names(path: Path, zipped: bool) -> set[str]:
     if zipped:
         return set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     known = torch.serialization._weights_only_unpickler._get_allowed_globals()
-    names: set[str] = set()
-    with open(path, "rb") as file:  # the older format: some pickles in a row, then the storages' bytes
-        for _ in range(4):
-            try:
-                found = [arg for opcode, arg, _ in pickletools.genops(file) if opcode.name == "GLOBAL"]
-            except ValueError:  # what follows the only pickle of a foreign file
+    names: list[str] = []
+    # The older format: five pickles in a row, then the storages' bytes. Mapped, so that a claim of more bytes than the
+    # file has is an error here, and no allocation of that size anywhere.
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for _ in range(5):
+            if content.tell() == len(content):
                 break
-            names |= {_present_name(*name.split(" ", 1)) for name in found}
-    return names - known.keys()
+            names += [arg for opcode, arg, _ in pickletools.genops(content) if opcode.name == "GLOBAL"]
+    return {_present_name(*name.split(" ", 1)) for name in names} - known.keys()
 
 
 def _present_name(module: str, name: str) -> str:

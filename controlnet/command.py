@@ -40,7 +40,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
         name = word.partition("=")[0]
         if word.startswith("-") and "." in name:
             parser.error(f"{word} is a setting of the configuration; write {word.lstrip('-')}, without dashes")
-        if word.startswith("-") or "=" not in word:
+        if word.startswith("-"):
             parser.error(f"{word} is not known; expected an option of --help, or a setting key=value")
     arguments.overrides = [*arguments.overrides, *rest]
+    for word in arguments.overrides:
+        if "=" not in word:
+            parser.error(f"{word} is not known; expected a setting key=value")
     return arguments

@@ -307,10 +307,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_libraries()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        arguments = _arguments(argv)
-        require("tqdm", extra="train", wanted_by="it shows the progress")
+        require("omegaconf", "tqdm", extra="train", wanted_by="configurations are YAML, and progress is shown")
         from tqdm import tqdm
 
+        arguments = _arguments(argv)
         prompts = read_prompts(arguments.prompts) if arguments.prompts else arguments.prompt or []
         work = jobs(arguments.hint, prompts, len(arguments.checkpoint))
         origin = open_origin(

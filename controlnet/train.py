@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     with StopRequest() as stop:
         try:
-            require("tqdm", extra="train", wanted_by="it shows the progress")
+            require("omegaconf", "tqdm", extra="train", wanted_by="training reads YAML and shows its progress")
             cfg = config.load(arguments.config, arguments.overrides)
             check_resume(cfg)
             if cfg.exp_manager.create_tensorboard_logger:

@@ -43,6 +43,7 @@ def load(path: str | PathLike, overrides: Iterable[str] = (), *, sections: Itera
 
 def read(path: str | PathLike) -> dict[str, Any]:
     """The tree of a YAML file, interpolations and names as they stand there; raises as `load`."""
+    _omegaconf()
     if Path(path).stat().st_size > _LARGEST_FILE:
         raise ConfigError(f"{path} has {Path(path).stat().st_size} bytes; expected a configuration, below 1 MiB")
     with _readable(f"{path} is not a YAML configuration"):

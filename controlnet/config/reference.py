@@ -8,9 +8,9 @@ from controlnet.config.stages import ARGUMENTS, STAGES, TARGETS
 
 HEAD = """# Configuration
 
-Every key of a configuration. `python -m controlnet.config > docs/configuration.md` writes this page, and a test compares
-it with the tables in `controlnet/config/`; `python -m controlnet.config FILE key=value ...` checks a file and prints
-what it comes to. A file may be in the layout of NeMo's ControlNet configuration (`model.data` and `model.optim`
+Every key of a configuration. `python -m controlnet.config > docs/configuration.md` writes this page, and a test
+compares it with the tables in `controlnet/config/`; `python -m controlnet.config FILE key=value ...` checks a file and
+prints what it comes to. A file may be in the layout of NeMo's ControlNet configuration (`model.data` and `model.optim`
 included) or of the original repository (`target:` and `params:`). Keys that are left out have the defaults below.
 
 Any other key is an error that names the nearest one. A key marked *not read* is accepted, with any value, so that

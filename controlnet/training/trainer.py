@@ -219,8 +219,10 @@ class Trainer:
 
     def _endless_batches(self) -> Iterator[Mapping[str, Any] | None]:
         """Batch after batch, epoch after epoch; None once max_epochs are over."""
+        ours = {"first_stage_key": "images", "cond_stage_key": "captions", "control_key": "hint"}
+        names = {self.cfg.model[key]: name for key, name in ours.items()}  # a loader may use those of the configuration
         while self.max_epochs is None or self.loader.epoch < self.max_epochs:
-            yield from self.loader
+            yield from ({names.get(name, name): value for name, value in batch.items()} for batch in self.loader)
         while True:
             yield None
 

@@ -98,7 +98,7 @@ def test_settings_stand_anywhere():
 def test_a_weights_file_is_no_checkpoint_to_go_on_from(tmp_path):
     (tmp_path / "control.pth").write_bytes(b"x")
     cfg = tiny_run.configuration(tmp_path, f"exp_manager.resume_from_checkpoint={tmp_path}/control.pth")
-    with pytest.raises(config.ConfigError, match="a file; .* control_stage_config.from_pretrained .* model.ckpt_path"):
+    with pytest.raises(config.ConfigError, match=r"a file; .*control_stage_config.from_pretrained .*model.ckpt_path"):
         train.check_resume(cfg)
 
 
@@ -113,7 +113,11 @@ def test_config_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     "code, blocked, words",
     [
-        ("from controlnet.train import main; main(['--config', 'x.yaml'])", ["omegaconf", "tqdm"], "omegaconf"),
+        (
+            "from controlnet.train import main; main(['--config', 'x.yaml'])",
+            ["omegaconf", "tqdm"],
+            "omegaconf and tqdm are not",
+        ),
         ("from controlnet.train import main; main(['--config', 'x.yaml'])", ["tqdm"], "tqdm is not installed"),
         (
             "from controlnet.quickstart.__main__ import main; main([])",
@@ -123,7 +127,7 @@ def test_config_command(tmp_path, capsys):
         (
             "from controlnet.generate import main; main(['--checkpoint', '.', '--hint', 'x', '--prompt', 'y'])",
             ["omegaconf", "tqdm"],
-            "tqdm is not installed",
+            "omegaconf and tqdm are not installed",
         ),
         ("from controlnet.config.__main__ import main; main(['x.yaml'])", ["omegaconf"], "omegaconf is not installed"),
     ],

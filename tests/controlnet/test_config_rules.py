@@ -229,3 +229,18 @@ def test_weights_beyond_the_memory_are_refused_before_they_are_made():
     cfg = tiny_run.configuration("run", *wide, "model.unet_config.channel_mult=[64,64]")
     with pytest.raises(ConfigError, match=r"model.unet_config: these sizes make [\d,]+ weights, [\d,]+ GiB in float32"):
         build.build_model(cfg.model)
+
+
+def test_a_loader_may_name_its_entries_as_the_configuration_does(tmp_path):
+    class Named(tiny_run.Loader):
+        def __iter__(self):
+            for batch in super().__iter__():
+                yield {"jpg": batch["images"], "txt": batch["captions"], "seg": batch["hint"], "keys": batch["keys"]}
+
+    keys = ["model.first_stage_key=jpg", "model.cond_stage_key=txt", "model.control_key=seg"]
+    named = tiny_run.trainer(tiny_run.configuration(tmp_path / "named", *keys), loader=Named)
+    plain = tiny_run.trainer(tiny_run.configuration(tmp_path / "plain", *keys))
+    named.fit()
+    plain.fit()
+    theirs = tiny_run.weights(plain)
+    assert all(tensor.equal(theirs[name]) for name, tensor in tiny_run.weights(named).items())

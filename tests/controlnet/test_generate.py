@@ -41,10 +41,10 @@ def command(run, *arguments, checkpoint=None):
     folder, _ = run
     output = folder / "out.png"
     output.unlink(missing_ok=True)
-    generate.main(
-        ["--checkpoint", str(checkpoint or folder / "run"), "--hint", str(folder / "hint.png"), "--steps", "3"]
-        + ["--prompt", "red green", "--output", str(output), *arguments]
-    )
+    usual = {"--checkpoint": str(checkpoint or folder / "run"), "--hint": str(folder / "hint.png")}
+    usual |= {} if "--prompts" in arguments else {"--prompt": "red green"}
+    words = [word for name, value in usual.items() if name not in arguments for word in (name, value)]
+    generate.main([*words, "--steps", "3", "--output", str(output), *arguments])
     return np.asarray(Image.open(output))
 
 
@@ -177,9 +177,9 @@ class TestRefused:
                 command(run, "--hint", str(path))
 
     def test_checkpoint(self, run, tmp_path):
-        with pytest.raises(SystemExit, match="error: nothing at .*absent; expected a run's or a checkpoint's folder"):
+        with pytest.raises(SystemExit, match="error: no checkpoint at .*absent"):
             command(run, checkpoint=tmp_path / "absent")
-        with pytest.raises(SystemExit, match="error: .* has no manifest.json"):
+        with pytest.raises(SystemExit, match="error: the folder .* has none of"):
             command(run, checkpoint=tmp_path)
         with pytest.raises(SystemExit, match="which holds no configuration; give one with --config"):
             command(run, checkpoint=run[0] / "base.safetensors")
@@ -189,7 +189,7 @@ class TestRefused:
 
     def test_images_that_show_nothing(self, run, tmp_path):
         base = load_file(run[0] / "base.safetensors")
-        base["model.diffusion_model.out.2.bias"].fill_(float("nan"))
+        base["model.diffusion_model.out.2.bias"].fill_(3e38)
         save_file(base, tmp_path / "broken.safetensors")
         with pytest.raises(SystemExit, match="out.png shows nothing: the sampled latents hold NaN or infinity"):
             command(run, f"model.unet_config.from_pretrained={tmp_path}/broken.safetensors")

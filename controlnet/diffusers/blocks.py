@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cnkernels
-from cnkernels import layout, recompute
+from cnkernels import recompute
 from cnkernels.recompute import Later
 from controlnet.diffusers import checks, exits, layers, memo
 
@@ -143,7 +143,7 @@ class Attention(Block, attention_processor.Attention):
         """q, k and v of tokens; of one product where gradients flow, so that backward reads the tokens once."""
         if torch.is_grad_enabled() and all(checks.plain(m, nn.Linear) and m.bias is None for m in modules):
             weights = [m.weight for m in modules]
-            parts = recompute.chain(x, recompute.Linear(), torch.cat(weights)).split([len(w) for w in weights], dim=2)
+            parts = recompute.chain(x, recompute.LINEAR, torch.cat(weights)).split([len(w) for w in weights], dim=2)
             return list(parts)
         x = layers.now(x)
         return [layers.linear(m, x) for m in modules]
@@ -239,7 +239,7 @@ class Transformer2DModel(Block, transformer_2d.Transformer2DModel):
         known = checks.plain(proj, nn.Linear) or checks.pointwise(proj)
         if known and torch.is_grad_enabled():
             later = recompute.group_norm_silu(norm, hidden_states, activation=None)
-            rows = recompute.chain(later, recompute.Linear(), proj.weight.flatten(1), proj.bias)
+            rows = recompute.chain(later, recompute.LINEAR, proj.weight.flatten(1), proj.bias)
         else:
             image = layers.group_norm(norm, hidden_states)
             if known:
@@ -259,8 +259,7 @@ class Transformer2DModel(Block, transformer_2d.Transformer2DModel):
             return super()._get_output_for_continuous_inputs(
                 hidden_states, residual, batch_size, height, width, inner_dim
             )
-        x = layout.match(layers.image(hidden_states, residual), residual)
-        return recompute.conv1x1_add(x, proj.weight.flatten(1)[:, :, None, None], proj.bias, residual)
+        return recompute.pixels_add(hidden_states, proj.weight.flatten(1), proj.bias, residual)
 
 
 class ControlNetConditioningEmbedding(Block, controlnet.ControlNetConditioningEmbedding):
@@ -274,7 +273,7 @@ class ControlNetConditioningEmbedding(Block, controlnet.ControlNetConditioningEm
         h: Tensor | Later = conditioning
         for conv in convs:
             if isinstance(h, Later):
-                h = recompute.chain(h, recompute.Conv(conv.stride[0], conv.padding[0]), conv.weight, conv.bias)
+                h = recompute.chain(h, recompute.ConvProduct(conv.stride[0], conv.padding[0]), conv.weight, conv.bias)
             else:
                 h = conv(h)
             h = h if conv is convs[-1] else recompute.silu(h)

@@ -29,7 +29,7 @@ def norm_conv(
     own = norm._parameters
     if torch.is_grad_enabled() and dropout is None and checks.plain_conv(conv):
         later = recompute.group_norm_silu(norm, x, addend)
-        return recompute.chain(later, recompute.Conv(conv.stride[0], conv.padding[0]), conv.weight, conv.bias)
+        return recompute.chain(later, recompute.ConvProduct(conv.stride[0], conv.padding[0]), conv.weight, conv.bias)
     h = cnkernels.group_norm_silu(x, norm.num_groups, own["weight"], own["bias"], norm.eps, "silu", addend)
     return conv(h if dropout is None else dropout(h))
 
@@ -49,9 +49,7 @@ def linear(layer: nn.Module, x: Tensor | Later) -> Tensor:
     if not checks.plain(layer, nn.Linear):
         return layer(now(x))
     own = layer._parameters
-    if isinstance(x, Later):
-        return recompute.chain(x, recompute.Linear(), own["weight"], own["bias"])
-    return recompute.linear(x, own["weight"], own["bias"])
+    return recompute.chain(x, recompute.LINEAR, own["weight"], own["bias"])
 
 
 def linear_add(layer: nn.Module, x: Tensor | Later, residual: Tensor) -> Tensor:
@@ -59,7 +57,7 @@ def linear_add(layer: nn.Module, x: Tensor | Later, residual: Tensor) -> Tensor:
     own = layer._parameters
     if not checks.plain(layer, nn.Linear) or residual.dtype != own["weight"].dtype:
         return linear(layer, x) + residual
-    return recompute.chain(x, recompute.LinearAdd(), own["weight"], own["bias"], residual)
+    return recompute.chain(x, recompute.LINEAR, own["weight"], own["bias"], residual)
 
 
 def conv_add(conv: nn.Module, x: Tensor, residual: Tensor) -> Tensor:

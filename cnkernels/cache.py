@@ -2,7 +2,7 @@
 
 {"identity": {...},                       what it was made with (`machine.identity`); another identity has another file
  "faults": [{"op", "backend", "dtype", "case", "fault", "date"}],       found by `python -m cnkernels.check`
- "checked": {"date", "trials"} or null,                                 the last check
+ "checked": {"date", "kernels": [[op, backend, dtype], ...]} or null,   when last, and all that was ever checked
  "choices": {op: [{"dtype", "head_dim", "direction", "size", "backend", "seconds": {backend: s}, "date"}]}}
 
 Files are replaced atomically, under a lock. A file that cannot be read is one warning and counts as empty.
@@ -111,6 +111,13 @@ def _validate(record: Any, identity: Identity) -> None:
     faults, choices = record.get("faults"), record.get("choices")
     if not isinstance(faults, list) or not all(_has(fault, ("op", "backend", "dtype", "case")) for fault in faults):
         raise ValueError("its faults are damaged")
+    checked = record.get("checked")
+    if checked is not None and not (
+        _has(checked, ("date",))
+        and isinstance(checked.get("kernels"), list)
+        and all(isinstance(k, list) and len(k) == 3 and all(isinstance(n, str) for n in k) for k in checked["kernels"])
+    ):
+        raise ValueError("what it says was checked is damaged")
     if not isinstance(choices, dict) or not all(
         isinstance(entries, list) and all(_is_choice(entry) for entry in entries) for entries in choices.values()
     ):

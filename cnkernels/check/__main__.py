@@ -9,7 +9,6 @@ example: python -m cnkernels.check --op attention --report attention.json
 """
 
 import argparse
-import datetime
 import json
 import logging
 import platform
@@ -20,12 +19,9 @@ from pathlib import Path
 
 import torch
 
-from cnkernels import cache, dispatch, machine
-from cnkernels.check import emulation
-from cnkernels.check.runner import Answer, Runner
-from cnkernels.check.trial import Trial, trials
-
-WORKER = "cnkernels.check.worker"
+from cnkernels import dispatch, machine
+from cnkernels.check import Result, emulation, keep, now, run
+from cnkernels.check.trial import trials
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,30 +50,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if missing:
             print(f"the CUDA kernels are left out: {missing}")
     level = "full" if options.full else "emulated" if options.emulated else "default"
-    chosen = [
-        trial
-        for trial in trials(level, device)
-        if trial.case.op in (options.op or dispatch.OPS) and trial.backend in (options.backend or dispatch.BACKENDS)
-    ]
+    chosen = trials(level, device, options.op or dispatch.OPS, options.backend or dispatch.BACKENDS)
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         print("this GPU is older than compute capability 8.0: only PyTorch's own kernels (aten) serve it")
-    environment = {"TRITON_INTERPRET": "1"} if options.emulated else {}
-    command = [f"--device={device}", *(["--emulated"] if options.emulated else [])]
-    command += [f"--preload={module}" for module in options.preload]
     begin = time.monotonic()
-    with Runner(WORKER, command, environment, options.seconds) as runner:
-        results = list(_told(runner.run((t, _document(t, level)) for t in chosen), len(chosen)))
-    wrong = [(trial, _fault(answer)) for trial, answer in results if _fault(answer)]
+    answers = run(chosen, level, device, emulated=options.emulated, seconds=options.seconds, preload=options.preload)
+    results = list(_told(answers, len(chosen)))
+    wrong = [(trial, fault) for trial, fault in results if fault]
     print(table(results))
     print(f"{len(results)} trials, {len(wrong)} wrong, {time.monotonic() - begin:.0f} s")
     for trial, fault in wrong:
         print(f"WRONG {trial.label}: {fault}")
-    identity = machine.identity(device)
-    if not options.emulated:  # says nothing about the kernels that a call on this machine would get
-        file = cache.update(identity, lambda record: _keep(record, results))
+    if not options.emulated:  # which says nothing about the kernels that a call on this machine would get
+        file = keep(device, results)
         print(f"kept in {file}" if file else "nothing was kept")
     if options.report:
-        options.report.write_text(json.dumps(report(identity, results), indent=1) + "\n")
+        options.report.write_text(json.dumps(report(machine.identity(device), results), indent=1) + "\n")
         print(f"report in {options.report}")
     if wrong:
         trial = wrong[0][0]
@@ -88,28 +76,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def _document(trial: Trial, level: str) -> dict:
-    return {"level": level, "number": trial.number, "backend": trial.backend, "dtype": trial.dtype_name}
-
-
-def _fault(answer: Answer) -> str | None:
-    return answer.get("lost") or answer.get("fault")
-
-
-def _told(results: Iterable[tuple[Trial, Answer]], count: int) -> Iterable[tuple[Trial, Answer]]:
+def _told(results: Iterable[Result], count: int) -> Iterable[Result]:
     """The results as they come, with a line of progress on a terminal."""
-    for done, (trial, answer) in enumerate(results, 1):
+    for done, (trial, fault) in enumerate(results, 1):
         if sys.stderr.isatty():
             print(f"\r\033[K{done}/{count} {trial.label}", end="\n" if done == count else "", file=sys.stderr)
-        yield trial, answer
+        yield trial, fault
 
 
-def table(results: Sequence[tuple[Trial, Answer]]) -> str:
+def table(results: Sequence[Result]) -> str:
     """One line for each op and backend: trials that were right, of how many, in each dtype."""
     counts: dict[tuple[str, str], dict[str, list[int]]] = {}
-    for trial, answer in results:
+    for trial, fault in results:
         right, tried = counts.setdefault((trial.case.op, trial.backend), {}).get(trial.dtype_name, (0, 0))
-        counts[trial.case.op, trial.backend][trial.dtype_name] = [right + (_fault(answer) is None), tried + 1]
+        counts[trial.case.op, trial.backend][trial.dtype_name] = [right + (fault is None), tried + 1]
     lines = [f"{'op':<16} {'backend':<10} right of tried"]
     for (op, backend), dtypes in sorted(counts.items()):
         cells = (f"{dtype} {right}/{tried}" for dtype, (right, tried) in dtypes.items())
@@ -117,33 +97,15 @@ def table(results: Sequence[tuple[Trial, Answer]]) -> str:
     return "\n".join(lines)
 
 
-def report(identity: machine.Identity, results: Sequence[tuple[Trial, Answer]]) -> dict:
+def report(identity: machine.Identity, results: Sequence[Result]) -> dict:
     """What a bug report needs: the machine, and every trial with what was wrong."""
     return {
         "identity": identity,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "date": _now(),
-        "trials": [{"trial": trial.label, "fault": _fault(answer)} for trial, answer in results],
+        "date": now(),
+        "trials": [{"trial": trial.label, "fault": fault} for trial, fault in results],
     }
-
-
-def _keep(record: cache.Record, results: Sequence[tuple[Trial, Answer]]) -> None:
-    """Replaces what the record says of every op, backend and dtype that was tried."""
-    tried = {(trial.case.op, trial.backend, trial.dtype_name) for trial, _ in results}
-    kept = [fault for fault in record["faults"] if (fault["op"], fault["backend"], fault["dtype"]) not in tried]
-    new = {}
-    for trial, answer in results:
-        key = trial.case.op, trial.backend, trial.dtype_name
-        if _fault(answer) and key not in new:
-            names = {"op": key[0], "backend": key[1], "dtype": key[2]}
-            new[key] = {**names, "case": trial.case.label, "fault": _fault(answer), "date": _now()}
-    record["faults"] = kept + list(new.values())
-    record["checked"] = {"date": _now(), "trials": len(results)}
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One trial of `python -m cnkernels.check`: a case on one backend in one dtype, and what is wrong with it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -33,12 +33,17 @@ class Trial:
         return f"{self.case.label}, {self.dtype_name}, {self.backend}"
 
 
-def trials(level: str, device: torch.device) -> list[Trial]:
+def trials(
+    level: str,
+    device: torch.device,
+    ops: Collection[str] = dispatch.OPS,
+    backends: Collection[str] = dispatch.BACKENDS,
+) -> list[Trial]:
     """All that this machine can run of a level, backend by backend."""
-    numbered = list(enumerate(cases(level)))
+    numbered = [(number, case) for number, case in enumerate(cases(level)) if case.op in ops]
     return [
         Trial(case, number, backend, dtype)
-        for backend in dispatch.BACKENDS
+        for backend in backends
         for number, case in numbered
         for dtype in DTYPES
         if dispatch.why_not(case.op, backend, device, dtype, case.head_dim) is None

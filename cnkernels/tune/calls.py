@@ -101,18 +101,21 @@ class _Recorder(TorchDispatchMode):
 
 
 @contextmanager
-def record() -> Iterator[list[Call]]:
+def record(training: bool = False) -> Iterator[list[Call]]:
     """Records the calls of the ops inside the block, each kind once: `with cnkernels.record() as calls: step()`.
 
+    Args:
+        training: the gradients of every call with an argument that requires one are to be measured; else only those
+            of ops whose gradients the block computes.
+
     Yields:
-        A list that holds the calls once the block is left: what `cnkernels.tune.tune` takes. Their gradients are
-        measured where the block computed gradients of that op.
+        A list that holds the calls once the block is left: what `cnkernels.tune.tune` takes.
     """
     recorder, calls = _Recorder(), []
     with recorder:
         yield calls
     for call in recorder.calls:
-        plain = call.op not in recorder.differentiated
+        plain = not training and call.op not in recorder.differentiated
         calls.append(replace(call, gradients=(False,) * len(call.arguments)) if plain else call)
 
 

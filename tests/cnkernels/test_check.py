@@ -74,7 +74,9 @@ def test_levels_grow_and_labels_are_unique():
     assert sizes == sorted(set(sizes))
 
 
-@pytest.mark.parametrize("case", [case for case in cases("emulated") if case.layout == "contiguous"], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in cases("emulated") if case.layout == "contiguous"], ids=lambda case: case.label
+)
 def test_the_cases_say_what_the_ops_compute(case):
     inputs = case.inputs(torch.float64, CPU)
     upstream = torch.randn_like(case.eager(*inputs))

@@ -12,6 +12,7 @@ from cnkernels import cache, dispatch, findings, machine, tuning
 from cnkernels.geglu import reference
 from cnkernels.tune import __main__ as command
 from cnkernels.tune import missing, of_model, record, tune
+from cnkernels.tune.first_call import at_first_call
 from tests.cnkernels.test_check import own_cache  # noqa: F401  (a fixture)
 
 CPU = torch.device("cpu")
@@ -177,3 +178,37 @@ def test_a_script_that_raises_or_calls_nothing_is_an_error(own_cache, tmp_path, 
 def test_unknown_shapes_are_an_error(capsys):
     assert command.main(["--shapes", "sd15,sd99"]) == 2
     assert "--shapes sd99: expected some of sd15, sd21, sdxl" in capsys.readouterr().err
+
+
+class _Gated(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = torch.nn.Linear(4, 8)
+
+    def forward(self, x, scale=1.0):
+        return cnkernels.geglu(self.project(x)) * scale
+
+
+def test_tune_at_the_first_call_checks_and_measures_once(own_cache):  # noqa: F811
+    model, x = _Gated(), torch.randn(3, 4)
+    expected = model(x, scale=2.0)
+    at_first_call(model)
+    with torch.no_grad():
+        assert torch.equal(model(x, scale=2.0), expected)
+    kept = cache.read(machine.identity(CPU))
+    assert sorted(kept["checked"]["kernels"]) == [["geglu", "aten", "float32"], ["geglu", "reference", "float32"]]
+    assert [entry["direction"] for entry in kept["choices"]["geglu"]] == ["forward"]
+    assert not model._forward_pre_hooks
+    at_first_call(model)  # for training: the gradients are missing
+    model(x)
+    again = cache.read(machine.identity(CPU))
+    assert again["checked"] == kept["checked"]
+    assert [entry["direction"] for entry in again["choices"]["geglu"]] == ["forward", "backward"]
+
+
+def test_nothing_is_tuned_inside_a_compiler(own_cache):  # noqa: F811
+    model = _Gated()
+    at_first_call(model)
+    with torch.no_grad():
+        torch.compile(model, backend="eager")(torch.randn(3, 4))
+    assert not own_cache.exists()

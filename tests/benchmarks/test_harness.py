@@ -1,10 +1,12 @@
 """The harness on things whose answer is known: a sleep, a copy, a run against itself, a provider that is wrong."""
 
+import itertools
 import json
 import os
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,24 +32,47 @@ def case(**providers):
     return ops.Case("geglu", "64x64", torch.float32, "rows", "backward", inputs, providers, 64 * 64 * 12, 0, (0,))
 
 
-def test_a_known_sleep():
-    result = timing.time_one(lambda i: time.sleep(0.02), CPU, rounds=5)
-    assert 0.02 <= result.p20 <= result.median <= result.p80
-    assert result.p20 < 0.06, "a sleep of 20 ms was timed at more than three times that"
+class Clock:
+    """A clock that only `work` moves: what a machine does beside the tests changes no time."""
+
+    now = 0.0
+
+    def work(self, *seconds: float):
+        """A run that takes these times in turn."""
+        taken = itertools.cycle(seconds)
+
+        def run(i):
+            self.now += next(taken)
+
+        return run
 
 
-def test_a_run_against_itself_is_even():
-    def nap(i):
-        time.sleep(0.01)
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
 
-    results = timing.time_together({"one": nap, "other": nap}, CPU, rounds=9)
-    assert results["one"].p20 / results["other"].p20 == pytest.approx(1, abs=0.3)
+
+def test_a_known_time(clock):
+    result = timing.time_one(clock.work(0.02), CPU, rounds=5)
+    assert [result.p20, result.median, result.p80] == pytest.approx([0.02] * 3)
 
 
-def test_more_bytes_take_more_time():
-    small, large = torch.ones(2**16), torch.ones(2**22)  # 64 times as many
-    results = timing.time_together({"small": lambda i: small.clone(), "large": lambda i: large.clone()}, CPU, rounds=9)
-    assert results["large"].p20 > 4 * results["small"].p20
+def test_a_slow_turn_in_three_moves_the_upper_percentile_alone(clock):
+    result = timing.time_one(clock.work(0.02, 0.02, 0.5), CPU, rounds=9)
+    assert [result.p20, result.median, result.p80] == pytest.approx([0.02, 0.02, 0.5])
+
+
+def test_times_are_each_run_s_own(clock):
+    results = timing.time_together(
+        {"one": clock.work(0.01), "other": clock.work(0.01), "slow": clock.work(0.64)}, CPU, rounds=9
+    )
+    assert [results[name].p20 for name in ("one", "other", "slow")] == pytest.approx([0.01, 0.01, 0.64])
+
+
+def test_a_real_clock_sees_a_sleep():
+    assert timing.time_one(lambda i: time.sleep(0.02), CPU, rounds=3).p20 >= 0.02
 
 
 def test_every_provider_gets_every_turn_and_every_input_set():

@@ -243,6 +243,18 @@ def test_importing_cnkernels_compiles_nothing():
     assert done.returncode == 0, done.stderr
 
 
+def test_without_a_compiler_all_but_the_cuda_tests_run():
+    """The build for the CPU is waited for by those tests alone: collecting the others needs no compiler."""
+    tests = ["test_cuda_zero_conv_add.py::test_more_layers_than_one_launch_holds", "test_geglu.py::test_large_gates"]
+    command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider"]
+    command += [str(ROOT / "tests" / "cnkernels" / test) for test in tests]
+    alone = {**os.environ, "PATH": "/nowhere", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"SKIPPED \[1\] .*: needs a C\+\+ compiler", done.stdout)
+    assert done.stdout.startswith("s...")  # geglu has three backends
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="launches on null pointers, which a GPU would execute")
 def test_the_built_extension_needs_neither_torch_nor_a_driver():
     """One build serves every torch: it loads where torch is blocked, and a refused launch names the op."""

@@ -22,6 +22,8 @@ def kernel_named(op: str, name: str) -> object:
     found = [vars(module)[name] for module in modules if name in vars(module)]
     if not found or not hasattr(found[0], "fn"):
         raise StaleMutation(f"{op} has no Triton kernel {name}")
+    if any(other is not found[0] for other in found):
+        raise StaleMutation(f"{op} has more than one Triton kernel {name}")
     return found[0]
 
 

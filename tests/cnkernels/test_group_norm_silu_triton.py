@@ -229,4 +229,4 @@ def test_every_cut_is_repeatable_bit_for_bit(shape, groups, dtype, layout, expec
     tensors = [LAYOUTS[layout](t.to(dtype)) for t in inputs(shape)]
     upstream = randn(*shape).to(dtype)
     with cnkernels.backend("triton"):
-        harness.assert_repeatable(lambda: harness.run(fused(groups), tensors, upstream), times=2)
+        harness.assert_repeatable(lambda: harness.run(fused(groups), tensors, upstream))

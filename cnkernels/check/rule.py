@@ -83,8 +83,8 @@ class Eager:
 
         Args:
             ours: the result of another implementation; may be of a narrower dtype than eager's.
-            terms: M of a result that is one sum over M terms of either sign: the rounding of its terms grows with
-                sqrt(M), while the sum itself may cancel to nothing.
+            terms: M of a result that is one sum over M terms of either sign, accumulated in float32: the rounding
+                of that grows with sqrt(M), while the sum itself may cancel to nothing.
         """
         theirs = self.results[index].to(torch.promote_types(self.results[index].dtype, ours.dtype))
         return fault(name, ours, theirs, self.exact[index], terms, self.draws(index))
@@ -121,7 +121,8 @@ def fault(
         return None
     half_unit = torch.finfo(ours.dtype).eps / 2
     many = min(1.0, (1 / 3 + finite.sum().item() ** -0.5) ** 0.5)  # with three standard deviations of the mean square
-    roundings = (half_unit, half_unit * many) if terms == 1 else (half_unit * terms**0.5,) * 2
+    sums = (terms**0.5 - 1) * torch.finfo(torch.float32).eps / 2  # every op accumulates in float32
+    roundings = (half_unit + sums, half_unit * (many if terms == 1 else 1.0) + sums)
     error, size, peer = _error(ours, exact, finite), _measure(exact[finite]), _error(theirs, exact, finite)
     for draw in itertools.chain([peer], draws):
         peer = Error(*map(max, peer, draw))

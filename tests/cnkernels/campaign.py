@@ -39,7 +39,7 @@ DOZEN, CHUNK = 12, 25  # tests that are tried for many seeds; seeds in one piece
 
 def instruction_sets() -> dict[str, dict[str, str]]:
     """Name -> environment. Each variable is read once, when its library is loaded; what a CPU lacks changes nothing."""
-    simd = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
+    simd = np.show_config(mode="dicts").get("SIMD Extensions", {}).get("found", [])
     wide = [name for name in simd if name.startswith("AVX512") or name == "X86_V4"]
     return {
         "default": {},

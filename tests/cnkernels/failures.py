@@ -14,10 +14,10 @@ NARROWING = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_I
 def arithmetic() -> list[str]:
     """The libraries that compute here, and the instructions that they use."""
     capability = torch.backends.cpu.get_cpu_capability()
-    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    blas = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
     return [
         f"PyTorch {torch.__version__} on {capability}, {torch.get_num_threads()} threads; "
-        f"NumPy {np.__version__} with {blas['name']} {blas['version']}",
+        f"NumPy {np.__version__} with {blas.get('name')} {blas.get('version')}",
         *(line.strip(" -") for line in torch.__config__.show().splitlines() if "Library" in line or "MKL-DNN" in line),
     ]
 

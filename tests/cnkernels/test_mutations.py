@@ -374,6 +374,12 @@ MUTATIONS = {  # op, what is broken: the kernel or device function, its text, th
         'tl.dot(a, b[i], accumulator[i], input_precision="ieee").to(tl.float16).to(tl.float32)',
         LONG_ATTENTION,
     ),
+    "attention: parts of the queries added in bfloat16": (
+        "_attention_bwd_sum_kernel",
+        "total += tl.load(parts_ptr",
+        f"total = {narrow('total')} + tl.load(parts_ptr",
+        SPLIT_ATTENTION,
+    ),
     "zero_conv_add: a product rounded to bfloat16": (
         "_zero_conv_add_kernel",
         "acc *= scale",
@@ -391,6 +397,12 @@ MUTATIONS = {  # op, what is broken: the kernel or device function, its text, th
         'acc = tl.dot(x, weight, acc, input_precision="ieee")',
         'acc = tl.dot(x, weight, acc, input_precision="ieee").to(tl.float16).to(tl.float32)',
         RAGGED_CONV,
+    ),
+    "zero_conv_add: splits rounded to bfloat16 before they are added": (
+        "_sum_splits_kernel",
+        "tl.sum(acc, axis=0)",
+        f"tl.sum({narrow('acc')}, axis=0)",
+        zero_conv_add(2, 8, 12, 17, 19, dtype=HALF),
     ),
     "geglu: a product rounded to bfloat16": (
         "_geglu_fwd_kernel",

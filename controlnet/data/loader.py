@@ -21,7 +21,7 @@ from controlnet.data.cached import Cached, encoded_extensions, mismatch, read_ma
 from controlnet.data.hints import HintReader
 from controlnet.data.images import IMAGE_FORMATS
 from controlnet.data.samples import BadSample, Decoded, Resolution, Transform, flip_probability, read_sample
-from controlnet.data.shards import DataError, Drop, index_shard, list_shards, take_stock
+from controlnet.data.shards import DataError, Drop, Stock, index_shard, list_shards, take_stock
 from controlnet.data.stream import Cursor, Message, Plan, WorkerStream, judge
 
 DEFAULT_EXTENSIONS = {"image": "jpg;jpeg;webp", "caption": "txt", "hint": "png;npy"}
@@ -79,66 +79,77 @@ def build_loader(
         DataError: no shards, too few for the ranks and workers, sizes that do not fit; all before the first batch.
     """
     train, webdataset, workers = data["train"], data.get("webdataset") or {}, max(1, data.get("num_workers") or 0)
-    chunk_size, infinite = webdataset.get("chunk_size"), bool(webdataset.get("infinite_sampler"))
+    chunk_size, buffer = webdataset.get("chunk_size"), webdataset.get("shuffle_buffer")
+    shards = list_shards(train["dataset_path"], webdataset.get("local_root_path"), chunk_size)
     extensions, formats = read_extensions(train.get("extensions"))
-    ignored = tuple(str(extension).lower().lstrip(".") for extension in train.get("ignored_extensions") or ())
-    filterings, augmentations = train.get("filterings") or {}, train.get("augmentations") or {}
-    if train.get("buckets") is None:
-        transform: Transform | Buckets = Transform.from_config(augmentations, factor)
-    else:
-        transform = Buckets.from_config(train["buckets"], augmentations, factor)
-    try:
-        hints = HintReader.from_config(train.get("hint"), hint_channels)
-    except ValueError as error:
-        raise DataError(str(error)) from error
-    bad = train.get("max_bad_fraction")
-    max_bad_fraction = DEFAULT_MAX_BAD_FRACTION if bad is None else float(bad)
-
-    shards, count = list_shards(train["dataset_path"], webdataset.get("local_root_path"), chunk_size)
-    cached = None
-    if shards and (tree := read_manifest(Path(shards[0]).parent)) is not None:
-        cached = _cached(shards, tree, encoded(), flip_probability(augmentations), hint_channels)
-        extensions = encoded_extensions(tree)
-    survey = take_stock(shards, extensions, ignored, whole=count is None)
-    if count is None:
-        count = survey.samples
-    count = int(count * (filterings.get("estimated_portion") or 1)) if survey.shards else 0
-    if count < world_size * batch_size:
-        raise DataError(
-            f"data.train.dataset_path holds {count} usable samples; expected at least {world_size * batch_size}, "
-            f"one batch of {batch_size} for each of {world_size} ranks. {advice(survey.drops)}".rstrip()
-        )
-    if not infinite and len(survey.shards) < world_size * workers:
-        raise DataError(
-            f"data.train.dataset_path has {len(survey.shards)} shards with samples; expected at least "
-            f"{world_size * workers}, one for each of {world_size} ranks x {workers} workers. Lower data.num_workers,"
-            " or cut the data into more shards"
-        )
-    judge(len(survey.drops), survey.samples + len(survey.drops), max_bad_fraction, survey.drops)
-    buffer = webdataset.get("shuffle_buffer")
+    tree = read_manifest(Path(shards.paths[0]).parent)
     plan = Plan(
-        shards=survey.shards,
-        extensions=extensions,
-        ignored=ignored,
+        shards=shards.paths,
+        extensions=extensions if tree is None else encoded_extensions(tree),
+        ignored=tuple(str(extension).lower().lstrip(".") for extension in train.get("ignored_extensions") or ()),
         formats=formats,
-        hints=hints,
-        transform=transform,
-        resolution=Resolution.from_config(filterings),
-        max_bad_fraction=max_bad_fraction,
+        hints=_hint_reader(train.get("hint"), hint_channels),
+        transform=_transform(train, factor),
+        resolution=Resolution.from_config(train.get("filterings")),
+        max_bad_fraction=_or(train.get("max_bad_fraction"), DEFAULT_MAX_BAD_FRACTION),
         fixed_shards=train.get("data_sharding") is not False,
-        infinite=infinite,
-        shuffle_buffer=(chunk_size or DEFAULT_SHUFFLE_BUFFER) if buffer is None else int(buffer),
+        infinite=bool(webdataset.get("infinite_sampler")),
+        shuffle_buffer=_or(buffer, chunk_size or DEFAULT_SHUFFLE_BUFFER),
         seed=seed,
         rank=rank,
         world_size=world_size,
         workers=workers,
         batch_size=batch_size,
-        epoch_batches=count // (world_size * batch_size),
-        cached=cached,
+        epoch_batches=0,
         tokenize=tokenize,
     )
-    of_rank = set(survey.left_out[rank::world_size])  # no worker will open them and count what they lack
-    return ShardLoader(plan, data.get("num_workers") or 0, start, [d for d in survey.drops if d.shard in of_rank])
+    if tree is not None:
+        flip = flip_probability(train.get("augmentations") or {})
+        plan = plan._replace(cached=_cached(shards.paths, tree, encoded(), flip, hint_channels))
+    stock = take_stock(shards.paths, plan.extensions, plan.ignored, whole=shards.sample_count is None)
+    portion = (train.get("filterings") or {}).get("estimated_portion") or 1
+    count = _count(plan, stock, _or(shards.sample_count, stock.samples) * portion)
+    plan = plan._replace(shards=stock.shards, epoch_batches=count // (world_size * batch_size))
+    of_rank = set(stock.left_out[rank::world_size])  # no worker will open them and count what they lack
+    return ShardLoader(plan, data.get("num_workers") or 0, start, [d for d in stock.drops if d.shard in of_rank])
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _transform(train: Mapping[str, Any], factor: int) -> Transform | Buckets:
+    augmentations = train.get("augmentations") or {}
+    if train.get("buckets") is None:
+        return Transform.from_config(augmentations, factor)
+    return Buckets.from_config(train["buckets"], augmentations, factor)
+
+
+def _hint_reader(hint: Mapping[str, Any] | None, channels: int) -> HintReader:
+    try:
+        return HintReader.from_config(hint, channels)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def _count(plan: Plan, stock: Stock, count: float) -> int:
+    """The samples of an epoch, at most `count`; DataError where they, or the shards, are too few for all ranks."""
+    count = int(count) if stock.shards else 0
+    if count < plan.world_size * plan.batch_size:
+        raise DataError(
+            f"data.train.dataset_path holds {count} usable samples; expected at least"
+            f" {plan.world_size * plan.batch_size}, one batch of {plan.batch_size} for each of {plan.world_size} ranks."
+            f" {advice(stock.drops)}".rstrip()
+        )
+    if not plan.infinite and len(stock.shards) < plan.world_size * plan.workers:
+        raise DataError(
+            f"data.train.dataset_path has {len(stock.shards)} shards with samples; expected at least"
+            f" {plan.world_size * plan.workers}, one for each of {plan.world_size} ranks x {plan.workers} workers."
+            " Lower data.num_workers, or cut the data into more shards"
+        )
+    bad = {(drop.shard, drop.key) for drop in stock.drops}
+    judge(len(bad), stock.samples + len(bad), plan.max_bad_fraction, stock.drops)
+    return count
 
 
 def _cached(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from controlnet.data.advice import advice, cure
+from controlnet.data.advice import advice
 from controlnet.data.buckets import Buckets
 from controlnet.data.cached import Cached, CachedSample
 from controlnet.data.hints import HintReader, unit
@@ -284,15 +284,15 @@ class WorkerStream(IterableDataset):
     def _drop(self, drop: Drop) -> None:
         self.known_bad.add((drop.shard, drop.key))
         self.drops.append(drop)
-        judge(len(self.known_bad), sum(self.seen.values()), self.plan.max_bad_fraction, [drop])
+        judge(len(self.known_bad), sum(self.seen.values()), self.plan.max_bad_fraction, self.drops)
 
 
 def judge(bad: int, seen: int, tolerated: float, drops: list[Drop]) -> None:
-    """DataError where more of the samples seen are bad than `max_bad_fraction` tolerates; its example is the last."""
+    """DataError, with advice on the drops, where more of the samples seen are bad than `max_bad_fraction` tolerates."""
     if bad > tolerated * max(seen, FEWEST_TO_JUDGE):
         raise DataError(
             f"{bad} of {seen} samples cannot be used; expected at most data.train.max_bad_fraction={tolerated:g} "
-            f"of them, or of {FEWEST_TO_JUDGE}. The last: {drops[-1]}. {cure(drops[-1])}".rstrip()
+            f"of them, or of {FEWEST_TO_JUDGE}. {advice(drops)}"
         )
 
 

@@ -218,6 +218,19 @@ def test_a_position_of_another_layout_starts_its_epoch_anew_and_says_so(tmp_path
     assert Counter(keys(again)) == Counter(f"{n:05d}" for n in range(16))
 
 
+def test_a_position_of_before_there_were_buckets_goes_on(tmp_path):
+    folder = shards(tmp_path, [8, 8])
+    source = loader(folder)
+    whole = take(source, 3)
+    position = source.position
+    position["cursors"] = [cursor[:3] for cursor in position["cursors"]]
+    del position["layout"]["buckets"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the data order")
+        assert_same(take(loader(folder, start=position), 5), take(source, 5))
+    assert len(whole) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -259,7 +272,7 @@ def test_too_many_bad_samples_end_the_run_with_their_reason(tmp_path, num_worker
     files = [(f"{n:03d}.{e}", d) for n in range(120) for e, d in members(n).items() if e != "txt" or n % 10 or n > 50]
     write_tar(tmp_path / "0.tar", files)  # 6 of 120 without caption
     assert len(take(loader(tmp_path, train={"max_bad_fraction": 0.05}), 30)) == 30
-    message = r"^6 of 120 samples cannot be used; .*max_bad_fraction=0.045.*missing caption, 050.*A sample is an image"
+    message = r"^6 of 120 samples cannot be used; .*max_bad_fraction=0.045.*6 left out as 'missing caption'"
     train = {"max_bad_fraction": 0.045}
     with pytest.raises(DataError, match=message):  # the headers alone say so
         loader(tmp_path, num_workers=num_workers, train=train)

@@ -42,9 +42,15 @@ def shards(tmp_path_factory):
     return folder
 
 
-def data_overrides(shards):
-    augmentations = "{resize_smallest_side: 72, random_crop_h_w: 64, horizontal_flip: 0.5}"
-    return [f"data.train.dataset_path=['{shards}/{{0..1}}.tar']", f"data.train.augmentations={augmentations}"]
+CROPS = ["data.train.augmentations={resize_smallest_side: 72, random_crop_h_w: 64, horizontal_flip: 0.5}"]
+BUCKETS = [
+    "data.train.augmentations={horizontal_flip: 0.5}",
+    "data.train.buckets={sizes: ['64, 64', '56, 80'], random_crop: true}",
+]
+
+
+def data_overrides(shards, crops=CROPS):
+    return [f"data.train.dataset_path=['{shards}/{{0..1}}.tar']", *crops]
 
 
 def test_photographs_and_their_segmentations_stay_together(shards, tmp_path):
@@ -84,8 +90,8 @@ def test_they_run_through_training(shards, tmp_path):
     assert config.load(folder / "checkpoints" / "step-00000004" / "config.yaml").trainer.max_steps == 4
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_run_over_shards_resumed_twice_is_the_run_in_one_go(shards, tmp_path, num_workers):
+@pytest.mark.parametrize(("num_workers", "crops"), [(0, CROPS), (2, CROPS), (0, BUCKETS)])
+def test_a_run_over_shards_resumed_twice_is_the_run_in_one_go(shards, tmp_path, num_workers, crops):
     base = tmp_path / "base.safetensors"
     write_base(base, tiny_run.configuration(tmp_path))
     (tmp_path / "photographs.yaml").write_text(json.dumps(tiny_run.BASE))
@@ -94,7 +100,7 @@ def test_a_run_over_shards_resumed_twice_is_the_run_in_one_go(shards, tmp_path, 
         settings = [f"exp_manager.explicit_log_dir={folder}", f"trainer.max_steps={steps}"]
         settings += [f"model.unet_config.from_pretrained={base}", f"data.num_workers={num_workers}"]
         settings += ["exp_manager.resume_if_exists=True"]
-        train.main(["--config", str(tmp_path / "photographs.yaml"), *data_overrides(shards), *settings])
+        train.main(["--config", str(tmp_path / "photographs.yaml"), *data_overrides(shards, crops), *settings])
         return read(folder / "checkpoints" / f"step-{steps:08d}" / "control.safetensors")
 
     whole = run(tmp_path / "whole", 7)  # more than two epochs of three batches
@@ -103,3 +109,24 @@ def test_a_run_over_shards_resumed_twice_is_the_run_in_one_go(shards, tmp_path, 
     parts = run(tmp_path / "parts", 7)
     assert whole.keys() == parts.keys()
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+
+
+def test_a_portrait_with_the_turn_of_a_phone_stays_with_its_hint(tmp_path):
+    """The camera stores the sensor's rows; the hint is made of what a person sees."""
+    from PIL import Image
+
+    photograph = np.ascontiguousarray(skimage.data.astronaut()[::4, 16:-16:4, :3])
+    seen = Image.fromarray(photograph)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    seen.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "stored.jpg", exif=exif, quality=95)
+    parts = {"jpg": (tmp_path / "stored.jpg").read_bytes(), "txt": b"an astronaut", "png": png(segmented(photograph))}
+    write_tar(tmp_path / "0.tar", [(f"a.{extension}", content) for extension, content in parts.items()])
+    cfg = tiny_run.configuration(tmp_path, f"data.train.dataset_path=[{tmp_path}/0.tar]", *CROPS)
+    loader = build_loader(cfg.data, factor=2, batch_size=1, seed=0)
+    (batch,) = list(loader)
+    image, hint = (batch["images"] + 1) / 2, batch["hint"]
+    together = (image - hint).square().mean()
+    for turned in (hint.flip(2), hint.flip(3), hint.rot90(1, (2, 3)), hint.rot90(2, (2, 3)), hint.rot90(3, (2, 3))):
+        assert together < (image - turned).square().mean()
+    assert loader.drops == {}

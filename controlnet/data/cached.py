@@ -24,7 +24,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from controlnet.data import images
+from controlnet.data.arrays import MAGIC, read_npy
 from controlnet.data.hints import unit
+from controlnet.data.images import ImageError
 from controlnet.data.samples import BadSample, read_members
 from controlnet.data.shards import DataError, Sample
 
@@ -194,9 +197,9 @@ class CachedSample(NamedTuple):
 
 def _array(data: bytes, what: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError, SyntaxError) as error:
-        raise BadSample(f"{what} not readable") from error
+        array = read_npy(data, (len(shape),), f"{np.dtype(dtype).name} {list(shape)}")
+    except ImageError as error:
+        raise BadSample(f"{what} {error}") from error
     if array.shape != shape or array.dtype != dtype:
         raise BadSample(f"{what} not {np.dtype(dtype).name} {list(shape)}")
     if array.dtype == np.float16 and not np.isfinite(array).all():
@@ -206,12 +209,11 @@ def _array(data: bytes, what: str, shape: tuple[int, ...], dtype: type) -> np.nd
 
 def _hint(data: bytes) -> np.ndarray:
     try:
-        if data.startswith(b"\x93NUMPY"):
-            hint = np.load(io.BytesIO(data), allow_pickle=False)
-        else:
-            hint = np.asarray(Image.open(io.BytesIO(data), formats=("PNG",)))
-    except (ValueError, EOFError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadSample("hint not readable") from error
+        if data.startswith(MAGIC):
+            return read_npy(data, (3,), "[H, W, C]")
+        hint = np.asarray(images.upright(images.open_picture(data, "PNG")))
+    except ImageError as error:
+        raise BadSample(f"hint {error}") from error
     return hint[..., None] if hint.ndim == 2 else hint
 
 

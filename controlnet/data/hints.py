@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import tokenize
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,17 +13,13 @@ from PIL import Image, ImageColor
 from torch import Tensor
 
 from controlnet.data import images
+from controlnet.data.arrays import MAGIC, read_npy
 from controlnet.data.images import ImageError
 from controlnet.data.palettes import Palette, PaletteError, palette
 
 KINDS = ("picture", "labels")
 PICTURE_CHANNELS = (1, 3, 4)  # gray, RGB, RGBA; any other number comes from .npy
 DARK = 16  # of 255: a hint whose largest value is less is hardly one
-
-_NPY_MAGIC = b"\x93NUMPY"
-# What NumPy's parser of the header raises.
-_NPY_HEADER_ERRORS = (ValueError, SyntaxError, TypeError, KeyError, EOFError, RecursionError, MemoryError)
-_NPY_HEADER_ERRORS += (tokenize.TokenError,)
 
 
 class HintReader(NamedTuple):
@@ -84,8 +78,8 @@ class HintReader(NamedTuple):
         Raises:
             ImageError: it is no picture that is read, and no array.
         """
-        if data.startswith(_NPY_MAGIC):
-            return _open_npy(data)
+        if data.startswith(MAGIC):
+            return read_npy(data, (2, 3), "[H, W] or [H, W, C] of numbers")
         if self.channels not in PICTURE_CHANNELS:
             raise ImageError(f"is no .npy, which alone can have {self.channels} channels")
         return images.open_picture(data, first)
@@ -210,26 +204,6 @@ def nearest(pixels: np.ndarray, size: tuple[int, int], box: tuple[int, int, int,
     columns = (2 * np.arange(box[0], box[2]) + 1) * width // (2 * size[0])  # the pixel that the centre falls into
     rows = (2 * np.arange(box[1], box[3]) + 1) * height // (2 * size[1])
     return pixels[rows].take(columns, axis=1)
-
-
-def _open_npy(data: bytes) -> np.ndarray:
-    """The array [H, W] or [H, W, C] of a .npy, sharing memory with it. Never unpickles; the size is checked first."""
-    file = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(file)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, fortran, dtype = read_header[version](file)
-    except _NPY_HEADER_ERRORS as error:
-        raise ImageError("not readable") from error
-    if dtype.hasobject or dtype.itemsize == 0 or len(shape) not in (2, 3) or min(shape) < 1:
-        raise ImageError(f"is an array {tuple(shape)} of {dtype}; expected [H, W] or [H, W, C] of numbers")
-    if shape[0] * shape[1] > images.MAX_PIXELS:
-        raise ImageError(f"has more than {images.MAX_PIXELS} pixels")
-    count = int(np.prod(shape, dtype=object))
-    if count * dtype.itemsize != len(data) - file.tell():
-        raise ImageError("not readable")
-    flat = np.frombuffer(data, dtype, count, file.tell())
-    return flat.reshape(shape, order="F" if fortran else "C")
 
 
 def _coloured(picture: Image.Image, palette: Palette) -> np.ndarray:

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from controlnet.data import images
+from controlnet.data.arrays import MAGIC
 from controlnet.data.hints import HintReader
 from controlnet.data.images import ImageError
 from controlnet.data.samples import BadSample, decode
@@ -30,7 +31,6 @@ from controlnet.extras import require
 
 JOURNAL = "shards.jsonl"
 WDINFO = "wdinfo.pkl"
-_NPY = b"\x93NUMPY"
 
 
 class Making(NamedTuple):
@@ -86,7 +86,7 @@ def make(item: Item, making: Making) -> dict[str, bytes] | Drop:
         return Drop("file unreadable", error.filename or item.image.path, item.key, error.strerror or "")
     extension = "webp" if image[8:12] == b"WEBP" else "jpg"
     text = caption.decode("utf-8-sig").strip().encode()
-    return {extension: image, "txt": text, "npy" if hint.startswith(_NPY) else "png": hint}
+    return {extension: image, "txt": text, "npy" if hint.startswith(MAGIC) else "png": hint}
 
 
 def _hint(item: Item, image: bytes, making: Making) -> bytes:

@@ -119,7 +119,7 @@ def _metadata_heads(path: Path) -> dict[str, dict[str, Any]]:
     try:
         stated = json.loads(text) if text else {}
         return {part: {key: int(value) for key, value in heads.items()} for part, heads in stated.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its metadata {METADATA} is {text!r}; expected heads by part") from error
 
 

@@ -57,7 +57,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds a {type(config).__name__}; expected a mapping")
@@ -78,6 +78,11 @@ def heads(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
             )
     numbers = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     widths = config.get("block_out_channels", (320, 640, 1280, 1280))
+    for name, given in (("attention_head_dim", numbers), ("block_out_channels", widths)):
+        entries = given if isinstance(given, (list, tuple)) else [given]
+        if not entries or not all(isinstance(entry, int) and 0 < entry < 1 << 20 for entry in entries):
+            raise CheckpointError(f"{origin}: {name} is {given!r} in config.json; expected positive integers")
+    widths = widths if isinstance(widths, (list, tuple)) else [widths]
     if isinstance(numbers, int):
         return {"num_heads": numbers}
     if len(set(numbers)) == 1:

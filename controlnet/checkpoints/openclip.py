@@ -30,12 +30,12 @@ def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """OpenCLIP's tensors ("model.*") under transformers' names, without `LEFT_OUT`; other names stay as they are."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if (match := _PACKED.fullmatch(name)) is not None:
+        if (match := _PACKED.fullmatch(name)) is not None and tensor.dim() and tensor.shape[0] % 3 == 0:
             layer, kind = match.groups()
             for part, rows in zip("qkv", tensor.chunk(3), strict=True):
                 renamed[f"text_model.encoder.layers.{layer}.self_attn.{part}_proj.{kind}"] = rows
         elif name != LEFT_OUT:
-            renamed[_to_diffusers(name)] = tensor.T if name == "model.text_projection" else tensor
+            renamed[_to_diffusers(name)] = _transposed(tensor) if name == "model.text_projection" else tensor
     return renamed
 
 
@@ -44,13 +44,17 @@ def to_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if (match := _APART.fullmatch(name)) is None:
-            renamed[_to_original(name)] = tensor.T if name == "text_projection.weight" else tensor
+            renamed[_to_original(name)] = _transposed(tensor) if name == "text_projection.weight" else tensor
         elif match[2] == "q":
             layer, _, kind = match.groups()
             parts = [tensors.get(f"text_model.encoder.layers.{layer}.self_attn.{part}_proj.{kind}") for part in "qkv"]
-            if all(part is not None for part in parts):
+            if all(part is not None and part.dim() and part.shape == parts[0].shape for part in parts):
                 renamed[f"model.transformer.resblocks.{layer}.attn.in_proj_{kind}"] = torch.cat(parts)
     return renamed
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    return tensor.T if tensor.dim() == 2 else tensor  # another is no projection, and refused by who reads it
 
 
 def _to_diffusers(name: str) -> str:

@@ -162,8 +162,8 @@ class _Shapes:
 
 
 def _count(tensors: Mapping[str, Any], prefix: str) -> int:
-    """One more than the largest number that follows the prefix."""
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    """One more than the largest number that follows the prefix; no model counts as far as 1000."""
+    pattern = re.compile(re.escape(prefix) + r"\.([0-9]{1,3})\.")
     return max((int(match[1]) + 1 for name in tensors if (match := pattern.match(name))), default=0)
 
 
@@ -171,7 +171,7 @@ def _levels(tensors: Mapping[str, Tensor]) -> list[_Level]:
     """The encoder's levels: each ends with a downsampling, or with the encoder."""
     blocks = {index: set() for index in range(1, _count(tensors, "input_blocks"))}
     for name in tensors:
-        if (match := re.match(r"input_blocks\.(\d+)\.(\d+)\.(op\.)?", name)) and int(match[1]) in blocks:
+        if (match := re.match(r"input_blocks\.([0-9]{1,3})\.([0-9]+)\.(op\.)?", name)) and int(match[1]) in blocks:
             blocks[int(match[1])].add("op" if match[3] else match[2])
     ends = [index for index, layers in blocks.items() if "op" in layers]
     levels, start = [], 1

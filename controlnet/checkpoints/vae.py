@@ -59,11 +59,11 @@ def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Takes the original's names and diffusers' older ones; diffusers' present names stay as they are.
     """
-    levels = {int(match[1]) for name in tensors if (match := re.match(r"decoder\.up\.(\d+)\.", name))}
+    levels = {int(match[1]) for name in tensors if (match := re.match(r"decoder\.up\.(\d{1,3})\.", name))}
     renamed = {}
     for name, tensor in tensors.items():
         # the decoder's levels count from the image in the original, from the latent in diffusers
-        new = re.sub(r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up.{max(levels) - int(m[1])}.", name)
+        new = re.sub(r"^decoder\.up\.(\d{1,3})\.", lambda m: f"decoder.up.{max(levels) - int(m[1])}.", name)
         for pattern, replacement in (*_RULES, *_ATTENTION):
             new = pattern.sub(replacement, new)
         if ".attentions." in new and tensor.dim() == 4:
@@ -80,12 +80,12 @@ def to_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not any("_block" in name for name in tensors if name.startswith(("encoder.down_", "decoder.up_"))):
         return dict(tensors)
     tensors = to_diffusers(tensors)
-    levels = [int(match[1]) for name in tensors if (match := re.match(r"decoder\.up_blocks\.(\d+)\.", name))]
+    levels = [int(match[1]) for name in tensors if (match := re.match(r"decoder\.up_blocks\.(\d{1,3})\.", name))]
     renamed = {}
     for name, tensor in tensors.items():
         attention = ".attentions." in name
         for pattern, replacement in _BACK:
             name = pattern.sub(replacement, name)
-        name = re.sub(r"^decoder\.up\.(\d+)\.", lambda match: f"decoder.up.{max(levels) - int(match[1])}.", name)
+        name = re.sub(r"^decoder\.up\.(\d{1,3})\.", lambda match: f"decoder.up.{max(levels) - int(match[1])}.", name)
         renamed[name] = tensor[:, :, None, None] if attention and tensor.dim() == 2 else tensor
     return renamed

@@ -53,6 +53,22 @@ def original(*names: str, folder: Path, **params) -> dict[str, Tensor]:
     return tensors
 
 
+def open_clip(width=32, layers=2, vocabulary=20, length=12, projection=24):
+    """An OpenCLIP text encoder's tensors, by that library's names."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = {"token_embedding.weight": (vocabulary, width), "positional_embedding": (length, width),
+              "ln_final.weight": (width,), "ln_final.bias": (width,), "text_projection": (width, projection),
+              "logit_scale": ()}  # fmt: skip
+    for layer in range(layers):
+        inner = {"attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,),
+                 "attn.out_proj.weight": (width, width), "attn.out_proj.bias": (width,),
+                 "mlp.c_fc.weight": (4 * width, width), "mlp.c_fc.bias": (4 * width,),
+                 "mlp.c_proj.weight": (width, 4 * width), "mlp.c_proj.bias": (width,)}  # fmt: skip
+        inner |= {f"ln_{i}.{kind}": (width,) for i in (1, 2) for kind in ("weight", "bias")}
+        shapes |= {f"transformer.resblocks.{layer}.{name}": shape for name, shape in inner.items()}
+    return {f"model.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
 def to_nemo(tensors: dict[str, Tensor], *, release_1: bool = False) -> dict[str, Tensor]:
     """The original's full names -> NeMo's; the models' own layers renamed, the rest under "model." alone."""
     renamed = {}

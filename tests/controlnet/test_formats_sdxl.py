@@ -23,22 +23,6 @@ HINT = {"hint_channels": 3, "hint_block_channels": (8, 16)}
 LOGIT = "conditioner.embedders.1.model.logit_scale"
 
 
-def open_clip(width=32, layers=2, vocabulary=20, length=12, projection=24):
-    """An OpenCLIP text encoder's tensors, by that library's names."""
-    generator = torch.Generator().manual_seed(7)
-    shapes = {"token_embedding.weight": (vocabulary, width), "positional_embedding": (length, width),
-              "ln_final.weight": (width,), "ln_final.bias": (width,), "text_projection": (width, projection),
-              "logit_scale": ()}  # fmt: skip
-    for layer in range(layers):
-        inner = {"attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,),
-                 "attn.out_proj.weight": (width, width), "attn.out_proj.bias": (width,),
-                 "mlp.c_fc.weight": (4 * width, width), "mlp.c_fc.bias": (4 * width,),
-                 "mlp.c_proj.weight": (width, 4 * width), "mlp.c_proj.bias": (width,)}  # fmt: skip
-        inner |= {f"ln_{i}.{kind}": (width,) for i in (1, 2) for kind in ("weight", "bias")}
-        shapes |= {f"transformer.resblocks.{layer}.{name}": shape for name, shape in inner.items()}
-    return {f"model.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
 def unet():
     return tiny.randomised(UNet(**SMALL, out_channels=4), 1)
 
@@ -56,7 +40,7 @@ def tensors(tmp_path):
     text = tiny.clip_folder(tmp_path / "clip").state_dict()
     prefix = "conditioner.embedders.0.transformer.text_model."
     found |= {prefix + name.removeprefix("text_model."): tensor for name, tensor in text.items()}
-    found |= {f"conditioner.embedders.1.{name}": tensor for name, tensor in open_clip().items()}
+    found |= {f"conditioner.embedders.1.{name}": tensor for name, tensor in formats.open_clip().items()}
     return {name: tensor.clone().contiguous() for name, tensor in found.items()}
 
 
@@ -124,7 +108,9 @@ def test_folders_and_files_of_one_part(tmp_path, tensors):
 
 def test_the_refiner_has_the_second_text_encoder_alone(tmp_path, tensors):
     kept = {name: t for name, t in tensors.items() if name.startswith("model.")}
-    kept |= {f"conditioner.embedders.0.{name}": t for name, t in open_clip().items() if name != "model.logit_scale"}
+    kept |= {
+        f"conditioner.embedders.0.{name}": t for name, t in formats.open_clip().items() if name != "model.logit_scale"
+    }
     controlnet.convert(save(kept, tmp_path / "x.safetensors"), tmp_path / "x", "diffusers")
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["text_encoder_2", "unet"]
     controlnet.convert(tmp_path / "x", tmp_path / "back.safetensors", "original")
@@ -136,7 +122,9 @@ def test_a_control_is_added_to_a_base(tmp_path, tensors):
     loaded = controlnet.add_control(save(base, tmp_path / "x.safetensors"), hint_block_channels=(8, 16))
     trunk = state(unet())
     assert torch.equal(loaded.control.state_dict()["label_emb.0.2.weight"], trunk["label_emb.0.2.weight"])
-    assert loaded.control.arch.transformer_depth == (0, 1, 2) and loaded.cond_stage_2.keys() == open_clip().keys()
+    assert (
+        loaded.control.arch.transformer_depth == (0, 1, 2) and loaded.cond_stage_2.keys() == formats.open_clip().keys()
+    )
 
 
 @pytest.mark.parametrize("part", ["unet", "control"])

@@ -177,20 +177,24 @@ def _load_weights(unet: UNet, control: ControlNet, config: Mapping[str, Any]) ->
     if path and not {"unet", "control"} & set(parts):
         raise ConfigError(f"model.ckpt_path {path} holds {', '.join(parts)}; expected a U-Net or a ControlNet")
 
+    ready = []  # all that is to be loaded is checked before any of it is
     if ours.get("from_pretrained"):
-        checkpoints.load_unet(unet, ours["from_pretrained"], ours.get("from_NeMo"))
+        ready.append(checkpoints.ready_unet(unet, ours["from_pretrained"], ours.get("from_NeMo")))
     if "unet" in parts and config["load_unet"]:
-        checkpoints.load_unet(unet, path)
+        ready.append(checkpoints.ready_unet(unet, path))
     elif not ours.get("from_pretrained"):
         logger.warning("neither model.unet_config.from_pretrained nor model.ckpt_path gives the U-Net weights: random")
 
     if "control" in parts and not config["load_only_unet"]:
-        checkpoints.load_control(control, path, source="control")
+        ready.append(checkpoints.ready_control(control, path, source="control"))
     elif theirs.get("from_pretrained"):
-        checkpoints.load_control(control, theirs["from_pretrained"], theirs.get("from_NeMo"))
+        ready.append(checkpoints.ready_control(control, theirs["from_pretrained"], theirs.get("from_NeMo")))
     elif theirs.get("from_pretrained_unet"):
-        checkpoints.load_control(control, theirs["from_pretrained_unet"], theirs.get("from_NeMo"), source="unet")
-    else:
+        base = theirs["from_pretrained_unet"]
+        ready.append(checkpoints.ready_control(control, base, theirs.get("from_NeMo"), source="unet"))
+    for weights in ready:
+        weights.load()
+    if all(weights.module is not control for weights in ready):
         control.copy_from(unet)
 
 

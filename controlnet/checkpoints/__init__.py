@@ -3,7 +3,16 @@
 from controlnet.checkpoints.errors import CheckpointError
 from controlnet.checkpoints.files import read
 from controlnet.checkpoints.sources import Source, resolve
-from controlnet.checkpoints.weights import Report, fill, load_control, load_unet, part_tensors, parts
+from controlnet.checkpoints.weights import (
+    Report,
+    fill,
+    load_control,
+    load_unet,
+    part_tensors,
+    parts,
+    ready_control,
+    ready_unet,
+)
 
 __all__ = [
     "CheckpointError",
@@ -15,5 +24,7 @@ __all__ = [
     "part_tensors",
     "parts",
     "read",
+    "ready_control",
+    "ready_unet",
     "resolve",
 ]

@@ -51,6 +51,29 @@ def prefixes(parts: Iterable[str], is_xl: bool) -> dict[str, str]:
     return PREFIXES | embedders if is_xl else PREFIXES
 
 
+# What people take for a ControlNet or a Stable Diffusion checkpoint, by a piece of its tensors' names.
+_OTHERS = {
+    "lora_unet_": "a LoRA (kohya's names): it changes a U-Net and is no model by itself",
+    ".lora_A.": "a LoRA: it changes a model and is none by itself",
+    ".lora_B.": "a LoRA: it changes a model and is none by itself",
+    "lora.down.weight": "a LoRA: it changes a model and is none by itself",
+    "lllite_": "a ControlNet-LLLite, another architecture than ControlNet",
+    "adapter.body.": "a T2I-Adapter, another architecture than ControlNet",
+    "image_proj": "an IP-Adapter, another architecture than ControlNet",
+    "task_embedding": "a ControlNet-Union, with control types that are not served",
+    "control_add_embedding.": "a ControlNet-Union, with control types that are not served",
+    "double_blocks.": "a model of the Flux family, which is not served",
+    "joint_blocks.": "a model of the Stable Diffusion 3 family, which is not served",
+    "single_transformer_blocks.": "a model of the Flux family, which is not served",
+    "transformer_blocks.0.attn.add_q_proj.": "a diffusion transformer, which is not served",
+}
+
+
+def other_model(names: Iterable[str]) -> str | None:
+    """What other kind of model has such names; None for none that is known."""
+    return next((what for piece, what in _OTHERS.items() if any(piece in name for name in names)), None)
+
+
 @dataclass(frozen=True)
 class Contents:
     """What a file holds.
@@ -109,6 +132,8 @@ def sort(tensors: Mapping[str, Tensor], origin: str) -> Contents:
         raise CheckpointError(
             f"{origin} has two layouts in one file: {foreign[0]} is diffusers' name, {others[0]} one of the original"
         )
+    if (what := other_model(tensors.keys())) is not None:
+        raise CheckpointError(f"{origin} is {what}")
     if not parts:
         raise CheckpointError(f"{origin} has no known layout; its names begin {', '.join(sorted(tensors)[:4])}")
     layout = "nemo" if renamed else "diffusers" if diffusers and not others else "original"

@@ -44,6 +44,25 @@ class Report:
         return text + (f" ({layouts.grouped(self.unused)})" if self.unused else "")
 
 
+@dataclass(frozen=True)
+class Ready:
+    """Tensors that were found to fit a model, and are not in it yet.
+
+    Several files are checked, each against its model, before the first one is loaded.
+    """
+
+    module: nn.Module
+    tensors: Mapping[str, Tensor]
+    report: Report
+
+    def load(self) -> Report:
+        """Copies the tensors into the model; CheckpointError for values that are not finite, before any is copied."""
+        check_finite(self.tensors, self.report.path)
+        _copy(self.module, self.tensors)
+        logger.info("%s", self.report)
+        return self.report
+
+
 def load_unet(unet: nn.Module, path: str | Path, from_nemo: bool | None = None) -> Report:
     """Loads a U-Net's weights from a file of any known layout.
 
@@ -53,8 +72,12 @@ def load_unet(unet: nn.Module, path: str | Path, from_nemo: bool | None = None) 
         from_nemo: what the configuration says of the file. The file's own names decide; a contradiction is logged.
     Raises CheckpointError when a tensor is missing or has another shape, or the file holds no U-Net.
     """
-    contents = _opened(path, "unet", from_nemo)
-    return _filled(unet, contents, "unet", path, lambda name: False)
+    return ready_unet(unet, path, from_nemo).load()
+
+
+def ready_unet(unet: nn.Module, path: str | Path, from_nemo: bool | None = None) -> Ready:
+    """`load_unet` but for the loading."""
+    return _ready(unet, _opened(path, "unet", from_nemo), "unet", path, lambda name: False)
 
 
 def load_control(
@@ -70,10 +93,17 @@ def load_control(
     Raises CheckpointError when a tensor of encoder or middle block is missing or has another shape, when one of a
         trained ControlNet is missing, or the file holds no such part.
     """
+    return ready_control(control, path, from_nemo, source=source).load()
+
+
+def ready_control(
+    control: nn.Module, path: str | Path, from_nemo: bool | None = None, *, source: str | None = None
+) -> Ready:
+    """`load_control` but for the loading."""
     contents = _opened(path, source or "control", from_nemo)
     if source is None:
         source = "control" if "control" in contents.parts else "unet"
-    return _filled(control, contents, source, path, lambda name: source == "unet" and name.startswith(CONTROL_ONLY))
+    return _ready(control, contents, source, path, lambda name: source == "unet" and name.startswith(CONTROL_ONLY))
 
 
 def parts(path: str | Path) -> list[str]:
@@ -106,11 +136,15 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], origin: str, optional
     wanted = module.state_dict()
     missing = compare(wanted, tensors, origin, optional)
     check_finite({name: tensors[name] for name in wanted if name in tensors}, origin)
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            if name in tensors:
-                tensor.copy_(tensors[name].reshape(tensor.shape))
+    _copy(module, tensors)
     return missing
+
+
+@torch.no_grad()
+def _copy(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in module.state_dict().items():
+        if name in tensors:
+            tensor.copy_(tensors[name].reshape(tensor.shape))
 
 
 def compare(
@@ -180,24 +214,24 @@ def _opened(path: str | Path, part: str, from_nemo: bool | None = None) -> layou
     return contents
 
 
-def _filled(
+def _ready(
     module: nn.Module, contents: layouts.Contents, part: str, path: str | Path, optional: Callable[[str], bool]
-) -> Report:
+) -> Ready:
     if part not in contents.parts:
         what = {"unet": "a U-Net", "control": "a ControlNet"}[part]
         raise CheckpointError(f"{path} holds {contents.summary()}; expected {what}")
     if part == "control" and contents.relative is not None:
         raise relative.refusal(contents.relative, str(path))
     keys = model_keys(contents, part, str(path), module.arch)
-    new = fill(module, {name: contents.tensors[key] for name, key in keys.items()}, str(path), optional)
     wanted = module.state_dict()
-    used = {key for name, key in keys.items() if name in wanted}
+    new = compare(wanted, {name: contents.tensors[key] for name, key in keys.items()}, str(path), optional)
+    used = {name: key for name, key in keys.items() if name in wanted}
+    taken = set(used.values())
     report = Report(
         path=str(path),
         layout=contents.layout,
-        matched=[name for name in wanted if name not in set(new)],
+        matched=[name for name in wanted if name in used],
         new=new,
-        unused=[key for key in contents.tensors if key not in used],
+        unused=[key for key in contents.tensors if key not in taken],
     )
-    logger.info("%s", report)
-    return report
+    return Ready(module, {name: contents.tensors[key] for name, key in used.items()}, report)

@@ -29,8 +29,8 @@ _PIECES = (
     "0", "1", "7", "99", "123456789", "9" * 5000, "-1", "", "op", "weight", "down_blocks", "middle_block", "\u0660",
 )  # fmt: skip
 _MARKS = (
-    "difference", "lora_controlnet", "label_emb.0.0.weight", "control_model.zero_convs.0.0.bias", "text_projection.weight",
-    "conditioner.embedders.1.model.text_projection", "_orig_mod", "module.",
+    "difference", "lora_controlnet", "label_emb.0.0.weight", "control_model.zero_convs.0.0.bias",
+    "text_projection.weight", "conditioner.embedders.1.model.text_projection", "_orig_mod", "module.",
 )  # fmt: skip
 
 

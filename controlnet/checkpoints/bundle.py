@@ -91,10 +91,12 @@ def _absolute(
 ) -> dict[str, Tensor]:
     if base is None and "unet" not in parts:
         raise relative.refusal(kind, origin)
-    unet = parts["unet"] if base is None else open_bundle(base).parts.get("unet")
-    if unet is None:
+    if base is None:
+        return relative.absolute(parts["control"], parts["unet"], kind, origin)
+    contents = open_contents(base, "unet")
+    if "unet" not in contents.parts:
         raise CheckpointError(f"base {base} holds no U-Net; expected the one that {origin} was made for")
-    return relative.absolute(parts["control"], unet, kind, origin)
+    return relative.absolute(parts["control"], part_tensors(contents, "unet", str(base)), kind, origin)
 
 
 def skeleton(architecture: Architecture, part: str) -> nn.Module:

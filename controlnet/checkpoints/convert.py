@@ -60,7 +60,7 @@ class Conversion:
 def load(path: str | Path, *, base: str | Path | None = None, average: bool = True, **params: Any) -> Loaded:
     """The models in a checkpoint of any known layout, which its keys tell.
 
-    Arguments:
+    Args:
         path: an original ControlNet (with or without its U-Net), a Stable Diffusion checkpoint, a NeMo checkpoint in
             either generation of names, or a diffusers file: .safetensors, .ckpt, .pth, .pt, .bin, .nemo; a diffusers
             folder, of a model or a pipeline, in shards or of a variant (fp16), too; the folder of a training run, whose
@@ -68,12 +68,17 @@ def load(path: str | Path, *, base: str | Path | None = None, average: bool = Tr
         base: a checkpoint with the U-Net to which a ControlNet stored as a difference, or a Control-LoRA, is added.
         average: of a training run, take the averaged weights where it kept them.
         params: parameters of U-Net and ControlNet that the file does not tell.
-    Returns `Loaded`. The architecture is read off the tensors' shapes. The one thing that has no shape is the heads:
-        they are those that the checkpoint states (config.json, our own metadata, a run's configuration), else 8 for
-        models with 1x1 convolutions around their transformers (Stable Diffusion 1), and one for each 64 channels for
-        those with linear layers (Stable Diffusion 2 and XL). For others give num_heads or num_head_channels.
-    Raises FileNotFoundError; CheckpointError for a damaged or foreign file, mixed layouts, and tensors that are
-        missing, too many, of another shape than the architecture's or not finite, which it lists.
+
+    Returns:
+        `Loaded`. The architecture is read off the tensors' shapes. The one thing that has no shape is the heads: they
+        are those that the checkpoint states (config.json, our own metadata, a run's configuration), else 8 for models
+        with 1x1 convolutions around their transformers (Stable Diffusion 1), and one for each 64 channels for those
+        with linear layers (Stable Diffusion 2 and XL). For others give num_heads or num_head_channels.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        CheckpointError: a damaged or foreign file, mixed layouts, and tensors that are missing, too many, of another
+            shape than the architecture's or not finite, which it lists.
     """
     return _loaded(open_bundle(path, base=base, average=average, **params))
 
@@ -89,16 +94,21 @@ def convert(
 ) -> Conversion:
     """Writes a checkpoint in another format, bit for bit.
 
-    Arguments:
+    Args:
         src, base, average, params: as `load`'s.
         dst: a file (.safetensors; where asked for by name .ckpt, .pth, .pt, .bin, or .nemo for NeMo), or for diffusers
             a new folder with config.json and weights; with subfolders like a pipeline's when there are several parts. A
             file that is there is replaced.
         format: "original", "diffusers", "nemo" (names of release 2) or "nemo-1.23".
-    Returns `Conversion`. VAE and text encoder go along. Left out of diffusers' format are EMA copies and noise
-        schedules, for which it has no place, and the text encoder of Stable Diffusion 2 (OpenCLIP), whose tensors
-        transformers stores split.
-    Raises as `load`, and `write.write` for dst and format. After an error nothing is at dst that was not there before.
+
+    Returns:
+        `Conversion`. VAE and text encoder go along. Left out of diffusers' format are EMA copies and noise schedules,
+        for which it has no place, and the text encoder of Stable Diffusion 2 (OpenCLIP), whose tensors transformers
+        stores split.
+
+    Raises:
+        The errors of `load`, and of `write.write` for dst and format. After an error nothing is at dst that was not
+        there before.
     """
     return _written(open_bundle(src, base=base, average=average, **params), dst, format)
 
@@ -115,17 +125,24 @@ def transfer(
 
         tensor + (to_base's - from_base's)    for each tensor that the ControlNet has from its base; others stay
 
-    Arguments:
-        control: a checkpoint with a ControlNet. A U-Net beside it is moved to the new base the same way, and VAE and
+    Args:
+        control: a checkpoint with a ControlNet, also one stored as a difference to from_base. A U-Net beside it is moved to the new base the same way, and VAE and
             text encoder beside it are replaced by those of to_base.
         from_base, to_base: checkpoints with the U-Net it was trained on, and the one it is to work with.
         dst, format: where and how to write the result; nowhere by default.
         params: as `load`'s, for all three.
-    Returns the models, in the dtypes of `control`; the sum is computed in float32.
-    Raises as `load`; CheckpointError when one of the files lacks its part, or the U-Nets are not alike.
+
+    Returns:
+        The models, in the dtypes of `control`; the sum is computed in float32.
+
+    Raises:
+        The errors of `load`.
+        CheckpointError: one of the files lacks its part, or the U-Nets are not alike.
+
     Source: the original repository's tool_transfer_control.py.
     """
-    moved, old, new = (open_bundle(path, **params) for path in (control, from_base, to_base))
+    moved = open_bundle(control, base=from_base, **params)
+    old, new = (open_bundle(path, **params) for path in (from_base, to_base))
     _require(moved, "control")
     for base in (old, new):
         _require(base, "unet")
@@ -158,14 +175,19 @@ def add_control(
 ) -> Loaded:
     """A new ControlNet for a Stable Diffusion checkpoint: encoder and middle block are copies of the U-Net's.
 
-    Arguments:
+    Args:
         base: a checkpoint with a U-Net. A ControlNet that it has already is an error.
         dst, format: where and how to write base and ControlNet together; nowhere by default.
         hint_channels, hint_block_channels: of the hint encoder, as `ControlNet`'s.
         params: as `load`'s.
-    Returns the models. The ControlNet's outputs are zero until it is trained: zero convolutions start at zero. The hint
+
+    Returns:
+        The models. The ControlNet's outputs are zero until it is trained: zero convolutions start at zero. The hint
         encoder's other convolutions are random, by torch's global generator.
-    Raises as `load`; CheckpointError when there is no U-Net, or a ControlNet.
+
+    Raises:
+        The errors of `load`.
+        CheckpointError: there is no U-Net, or a ControlNet.
     """
     bundle = open_bundle(base, **params)
     _require(bundle, "unet")

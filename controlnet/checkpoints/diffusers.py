@@ -19,7 +19,9 @@ def module_names(architecture: Architecture) -> dict[str, str]:
     """Original module name -> diffusers' module name, for the U-Net or ControlNet of an architecture.
 
     A tensor's name is a module's name and a rest that both layouts share ("transformer_blocks.0.attn1.to_q.weight").
-    Raises CheckpointError for an architecture without counterpart in diffusers: attention without transformer.
+
+    Raises:
+        CheckpointError: an architecture without counterpart in diffusers: attention without transformer.
     """
     if not architecture.use_spatial_transformer:
         raise CheckpointError("use_spatial_transformer is false: diffusers has no such U-Net to take weights from")
@@ -36,7 +38,7 @@ def module_names(architecture: Architecture) -> dict[str, str]:
 def rename(name: str, names: Mapping[str, str]) -> str | None:
     """The other layout's name of a tensor; None where it has none.
 
-    Arguments:
+    Args:
         names: `module_names`, or its inverse.
     """
     head, rest = name, ""

@@ -99,7 +99,8 @@ def heads(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
 def model_config(architecture: Architecture) -> dict[str, Any]:
     """The config.json of diffusers' model of an architecture.
 
-    Raises CheckpointError for a ControlNet whose levels differ in their number of blocks: diffusers has none.
+    Raises:
+        CheckpointError: a ControlNet whose levels differ in their number of blocks: diffusers has none.
     """
     levels = range(architecture.levels)
     has_attention = [architecture.has_attention(level, 0) for level in levels]

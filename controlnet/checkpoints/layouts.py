@@ -142,7 +142,7 @@ def sort(tensors: Mapping[str, Tensor], origin: str) -> Contents:
 
 def _unwrapped(key: str) -> str:
     """A key without what torch.compile and DistributedDataParallel put into it."""
-    return ".".join(piece for piece in key.split(".") if piece != "_orig_mod").removeprefix("module.")
+    return ".".join(piece for piece in key.split(".") if piece not in ("_orig_mod", "module"))
 
 
 def _place(key: str, trunk: str) -> tuple[str | None, str]:

@@ -46,7 +46,8 @@ _RELEASE_1 = [
 def to_original(name: str) -> str:
     """The original's name of a tensor; a name that is the original's already comes back as it is.
 
-    Raises CheckpointError for the names of Transformer Engine's fused layers: there the two halves of the GEGLU
+    Raises:
+        CheckpointError: the names of Transformer Engine's fused layers: there the two halves of the GEGLU
     projection may have traded places, which no name tells.
     """
     if ".layer_norm_" in name or ".ff.net.fc1_" in name:

@@ -80,13 +80,15 @@ def to_diffusers(tensors: Mapping[str, Tensor], architecture: Architecture) -> d
 def parameters(tensors: Mapping[str, Tensor], part: str, origin: str, **known: Any) -> dict[str, Any]:
     """The constructor's parameters of the U-Net or ControlNet that has these tensors.
 
-    Arguments:
+    Args:
         tensors: under the original's names.
         part: "unet" or "control".
         origin: names the file in errors.
         known: parameters that are known otherwise (heads, from a config.json); they win.
-    Raises CheckpointError when the tensors are no such model's; a missing tensor that no parameter hangs on is left to
-        whoever fills the model.
+
+    Raises:
+        CheckpointError: the tensors are no such model's; a missing tensor that no parameter hangs on is left to whoever
+            fills the model.
     """
     for name in tensors:
         for beginning, what in _UNSERVED.items():

@@ -66,11 +66,13 @@ class Ready:
 def load_unet(unet: nn.Module, path: str | Path, from_nemo: bool | None = None) -> Report:
     """Loads a U-Net's weights from a file of any known layout.
 
-    Arguments:
+    Args:
         unet: `UNet`.
         path: what `sources.resolve` takes.
         from_nemo: what the configuration says of the file. The file's own names decide; a contradiction is logged.
-    Raises CheckpointError when a tensor is missing or has another shape, or the file holds no U-Net.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape, or the file holds no U-Net.
     """
     return ready_unet(unet, path, from_nemo).load()
 
@@ -85,13 +87,15 @@ def load_control(
 ) -> Report:
     """Loads a ControlNet's weights, or starts a ControlNet from a U-Net's.
 
-    Arguments:
+    Args:
         control: `ControlNet`.
         path, from_nemo: as `load_unet`.
         source: "control" wants a trained ControlNet; "unet" takes encoder and middle block from a U-Net and leaves zero
             convolutions and hint encoder as they are; None is "control" where the file has one, else "unet".
-    Raises CheckpointError when a tensor of encoder or middle block is missing or has another shape, when one of a
-        trained ControlNet is missing, or the file holds no such part.
+
+    Raises:
+        CheckpointError: a tensor of encoder or middle block is missing or has another shape, when one of a trained
+            ControlNet is missing, or the file holds no such part.
     """
     return ready_control(control, path, from_nemo, source=source).load()
 
@@ -114,10 +118,12 @@ def parts(path: str | Path) -> list[str]:
 def part_tensors(path: str | Path, part: str) -> dict[str, Tensor]:
     """The tensors of one part of a file, under the part's own names; the VAE's are diffusers'.
 
-    Arguments:
+    Args:
         part: "first_stage", "cond_stage", or "cond_stage_2", Stable Diffusion XL's second text encoder, which comes
             under transformers' names (CLIPTextModelWithProjection).
-    Raises CheckpointError when the file has no such part.
+
+    Raises:
+        CheckpointError: the file has no such part.
     """
     contents = _opened(path, part)
     if part not in contents.parts:
@@ -131,7 +137,9 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], origin: str, optional
     """Copies tensors into a module's parameters and buffers; returns the names of those that had none to take.
 
     A tensor [C, C, 1, 1] and one [C, C] of the same numbers are taken for each other (1x1 convolution and linear).
-    Raises CheckpointError, listing names and shapes, before anything is changed; so it does for NaN and infinity.
+
+    Raises:
+        CheckpointError: listing names and shapes, before anything is changed; also for NaN and infinity.
     """
     wanted = module.state_dict()
     missing = compare(wanted, tensors, origin, optional)

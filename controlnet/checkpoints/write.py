@@ -24,13 +24,16 @@ FORMATS = ("original", "diffusers", "nemo", "nemo-1.23")
 def write(bundle: Bundle, dst: str | Path, format: str) -> list[str]:
     """Writes a bundle; returns the names of the tensors that the format has no place for, which are left out.
 
-    Arguments:
+    Args:
         dst: "original": a .safetensors file, or .ckpt, .pth, .pt, .bin. "nemo" and "nemo-1.23": these, or .nemo.
             "diffusers": a new folder, of the model or, for several parts, one like a pipeline's with a subfolder for
             each; or a .safetensors file, for a single part. A file that is there is replaced, a folder is not.
         format: one of FORMATS; "nemo" has the names of release 2, "nemo-1.23" those of 1.23.0.
-    Raises ValueError for another format or suffix; FileExistsError for a folder that is not empty; CheckpointError for
-        an architecture that the format cannot express.
+
+    Raises:
+        ValueError: another format or suffix.
+        FileExistsError: a folder that is not empty.
+        CheckpointError: an architecture that the format cannot express.
     """
     dst = Path(dst)
     _check_target(dst, format)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 import controlnet
 from controlnet import config
 from controlnet.build import build_conditioning, build_model, instantiate
-from controlnet.checkpoints import CheckpointError
+from controlnet.checkpoints import CheckpointError, weights
 from controlnet.config import ConfigError
 from controlnet.model.diffusion import DiffusionLoss, NoiseSchedule
 from controlnet.model.unet import UNet
@@ -288,3 +288,17 @@ def test_wrong_files(tmp_path):
     save_file({"cond_stage_model.transformer.x": torch.ones(1)}, tmp_path / "text.safetensors")
     with pytest.raises(ConfigError, match="holds cond_stage; expected a U-Net or a ControlNet"):
         build_model(small(f"model.ckpt_path={tmp_path}/text.safetensors"))
+
+
+def test_a_size_that_does_not_fit_is_found_before_anything_is_loaded(tmp_path, monkeypatch):
+    """A ControlNet of another width beside a whole U-Net: seconds, not the minutes of loading gigabytes first."""
+    base(tmp_path / "base.safetensors")
+    base(tmp_path / "wide.safetensors", model_channels=64)
+    loaded = []
+    monkeypatch.setattr(weights.Ready, "load", lambda ready: loaded.append(ready.report.path))
+    settings = [f"model.unet_config.from_pretrained={tmp_path}/base.safetensors"]
+    with pytest.raises(CheckpointError, match=r"wide\.safetensors has \d+ tensors of another shape than the model"):
+        build_model(small(*settings, f"model.control_stage_config.from_pretrained_unet={tmp_path}/wide.safetensors"))
+    assert loaded == []
+    build_model(small(*settings, f"model.control_stage_config.from_pretrained_unet={tmp_path}/base.safetensors"))
+    assert loaded == [f"{tmp_path}/base.safetensors"] * 2

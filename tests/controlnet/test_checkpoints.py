@@ -314,6 +314,8 @@ def test_a_file_without_a_unet_says_what_it_holds(tmp_path):
         ("module.", lambda name: name),
         ("model.control_model.", nemo.from_original),
         ("model.control_model._orig_mod.", nemo_1_23),
+        ("control_model.module.", lambda name: name),
+        ("module.control_model._orig_mod.module.", lambda name: name),
     ],
 )
 def test_a_trained_control_loads_from_every_layout(tmp_path, prefix, rename):

@@ -285,3 +285,22 @@ def test_transfer_and_add_control_say_what_is_missing(tmp_path, tensors):
     both = save(tensors | original("unet", folder=tmp_path), tmp_path / "both.safetensors")
     with pytest.raises(CheckpointError, match="holds a ControlNet already"):
         controlnet.add_control(both)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", r"is a LoRA"),
+        ("unet.down_blocks.0.attentions.0.to_q.lora_A.weight", r"is a LoRA"),
+        ("lllite_unet_input_blocks_4_1.down.0.weight", "is a ControlNet-LLLite"),
+        ("adapter.body.0.resnets.0.block1.weight", "is a T2I-Adapter"),
+        ("image_proj.proj.weight", "is an IP-Adapter"),
+        ("control_model.task_embedding", "is a ControlNet-Union"),
+        ("double_blocks.0.img_attn.qkv.weight", "of the Flux family"),
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "of the Stable Diffusion 3 family"),
+    ],
+)
+def test_other_models_are_named(tmp_path, name, pattern):
+    """What people take for a ControlNet or a Stable Diffusion checkpoint, alone or beside one's tensors."""
+    for beside in ({}, original("control", folder=tmp_path)):
+        refused(tmp_path, save({name: torch.ones(2)} | beside, tmp_path / "x.safetensors"), pattern)

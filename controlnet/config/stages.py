@@ -20,7 +20,7 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 
 _WIDTH = 65536  # more channels than any layer has; refused before anything is built
-_SDXL = "Stable Diffusion XL is not served, only 1.x and 2.x"
+_SDXL = "no vector stands beside the timestep in training: Stable Diffusion 1.x and 2.x are trained, XL is not"
 _count = integer(..., "", low=1, high=_WIDTH)
 
 _NETWORK: dict[str, Key] = {
@@ -44,7 +44,15 @@ _NETWORK: dict[str, Key] = {
     "num_heads_upsample": integer(-1, "heads in the decoder", low=-1, high=_WIDTH),
     "legacy": flag(True, "as in the original: num_heads_upsample is read"),
     "use_spatial_transformer": flag(False, "attention is a transformer that reads the text"),
-    "transformer_depth": integer(1, "blocks of a transformer", low=1, high=16),
+    "transformer_depth": Key(
+        (int, list),
+        1,
+        "blocks of a transformer, or one number for each level",
+        low=1,
+        high=16,
+        longest=8,
+        items=integer(..., "", low=0, high=16),
+    ),
     "context_dim": Key((int, list), None, "features of the text", True, low=1, high=_WIDTH, items=_count),
     "use_linear_in_transformer": flag(False, "proj_in and proj_out are linear layers (Stable Diffusion 2)"),
     "disable_self_attentions": several(
@@ -60,11 +68,11 @@ _NETWORK: dict[str, Key] = {
     "use_checkpoint": flag(False, "recompute activations in backward: less memory, more time"),
     "use_flash_attention": flag(True, "fused attention; false keeps the score matrix in memory"),
     "dims": only(2, "pictures have two dimensions"),
-    "num_classes": only(None, "there are no class labels; " + _SDXL),
+    "num_classes": only(None, _SDXL),
     "n_embed": only(None, "there is no codebook"),
-    "adm_in_channels": only(None, "there is no label embedding; " + _SDXL),
+    "adm_in_channels": only(None, _SDXL),
     "resblock_gn_groups": only(None, "group norm has 32 groups", 32),
-    "transformer_depth_middle": only(None, "transformer_depth holds for all; " + _SDXL),
+    "transformer_depth_middle": integer(None, "of the middle block (default that of the last level)", low=1, high=16),
     "lora_network_alpha": only(None, "there is no LoRA"),
     "use_te_fp8": only(False, "Transformer Engine is not used"),
     "from_NeMo": flag(None, "a remark, with a warning where the names in the file say otherwise", null=True),
@@ -192,8 +200,8 @@ TARGET_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 _SERVED = (
-    "Stable Diffusion XL is not trained here: it has two text encoders and label embeddings. Stable Diffusion 1.x and"
-    " 2.x are (controlnet/configs/sd15_seg.yaml, sd21.yaml)"
+    "Stable Diffusion XL is not trained here; its checkpoints are converted, and controlnet.accelerate makes its"
+    " pipelines faster. Stable Diffusion 1.x and 2.x are trained (controlnet/configs/sd15_seg.yaml, sd21.yaml)"
 )
 # What is known and cannot be built, by the beginning of its name, with the reason.
 REFUSED: dict[str, str] = {

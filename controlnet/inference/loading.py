@@ -1,4 +1,4 @@
-"""From the path of a trained ControlNet to the models that draw: by a configuration, or by the base that it controls."""
+"""From the path of a trained ControlNet to the models that draw: by a configuration, or by the base it controls."""
 
 import dataclasses
 import json
@@ -154,6 +154,11 @@ def _control(path: Path, base: Path | None, average: bool) -> ControlNet:
     control = load_parts(path, base=base if base != path else None, average=average).control
     if control is None:
         raise checkpoints.CheckpointError(f"{path} holds no ControlNet")
+    if control.arch.num_classes is not None:
+        raise ConfigError(
+            f"{path} is a ControlNet of Stable Diffusion XL, which is not drawn with here; load it into a pipeline of"
+            " diffusers and call controlnet.accelerate on that"
+        )
     return control
 
 

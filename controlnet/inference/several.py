@@ -64,6 +64,7 @@ class SeveralControlNets(nn.Module):
         timesteps: Tensor,
         context: Tensor | list[Prepared],
         *,
+        y: Tensor | None = None,
         residuals: Sequence[Tensor],
         scales: Scale | Sequence[Scale] = 1.0,
         guided_hint: Tensor | None = None,
@@ -76,5 +77,6 @@ class SeveralControlNets(nn.Module):
         for control, weight, feature, its in zip(self.controls, self.weights, features, contexts, strict=True):
             if weight != 0:
                 weighted = [weight * scale for scale in scales]
-                outputs = control(x, None, timesteps, its, residuals=outputs, scales=weighted, guided_hint=feature)
+                given = {"y": y, "residuals": outputs, "scales": weighted, "guided_hint": feature}
+                outputs = control(x, None, timesteps, its, **given)
         return outputs

@@ -89,8 +89,8 @@ def test_another_name_of_the_optimizer_is_said_once(name, caplog):
             "the newest checkpoints are kept here, not the best: set monitor to null",
         ),
         (["optim.sched={name: CosineAnnealing, hold_steps: 10}"], "optim.sched.hold_steps is 10 with the decay"),
-        (["model.unet_config.adm_in_channels=2816"], "Stable Diffusion XL is not served"),
-        (["model.unet_config.num_classes=sequential"], "Stable Diffusion XL is not served"),
+        (["model.unet_config.adm_in_channels=2816"], "1.x and 2.x are trained, XL is not"),
+        (["model.unet_config.num_classes=sequential"], "1.x and 2.x are trained, XL is not"),
         (["model.cond_stage_config.freeze=False"], "always frozen"),
         (["model.unet_config.offload_to_cpu=True"], "use_checkpoint saves memory"),
         (

@@ -13,6 +13,7 @@ from torch import nn
 
 from controlnet.diffusers import blocks, exits, memo
 from controlnet.diffusers.layers import Shared
+from controlnet.inference.graph import CudaRecorder, Recorder
 
 Target = TypeVar("Target")
 
@@ -30,7 +31,9 @@ _WRITERS = (
 )
 
 
-def accelerate(target: Target, *, channels_last: bool = True) -> Target:
+def accelerate(
+    target: Target, *, graph: bool = False, channels_last: bool = True, recorder: Recorder | None = None
+) -> Target:
     """Makes a diffusers pipeline or model compute by fused kernels, in place; the weights stay the same tensors.
 
     The classes of the blocks inside (residual blocks, attention, transformers, feed-forwards, the ControlNet's exits)
@@ -42,12 +45,18 @@ def accelerate(target: Target, *, channels_last: bool = True) -> Target:
     Between the steps of a denoising loop the encoded hint and the keys and values of the prompt are kept, as long as
     what they were made of stays the same.
 
+    With `graph`, the steps of U-Net and ControlNets are CUDA graphs: captured at the first step, in seconds, and then
+    replayed (see `controlnet.inference.graph.StepGraph`).
+
     Args:
         target: a pipeline with a UNet2DConditionModel (Stable Diffusion 1, 2 and XL, with or without ControlNets), or
             one of UNet2DConditionModel, ControlNetModel, MultiControlNetModel and AutoencoderKL; compiled ones too.
+        graph: run inference steps as CUDA graphs. Another size, dtype, LoRA or change of a module captures again;
+            timestep, scales, prompt and hint are copied. Elsewhere than on a GPU, and with gradients, calls are eager.
         channels_last: convert the convolutions' weights to channels_last, with the same values. Without it the kernels
             serve all the same, and each convolution on a GPU converts at every call. False is for code that flattens
             parameters with `view`, such as torch.nn.utils.parameters_to_vector.
+        recorder: what captures, shared by all models; None for torch.cuda.CUDAGraph.
 
     Returns:
         `target`. A second time it changes nothing.
@@ -71,12 +80,22 @@ def accelerate(target: Target, *, channels_last: bool = True) -> Target:
     _make_writers_forget()
     for model in models:
         _swap(model, channels_last)
+    if graph:
+        recorder = CudaRecorder() if recorder is None else recorder
+        for model in models:
+            if not isinstance(model, diffusers.AutoencoderKL):
+                _step_by_graph(model, recorder)
     return target
 
 
 def restore(target: Target) -> Target:
     """Undoes `accelerate`: classes, forwards and memory formats are as before. Returns `target`."""
     for model in _models(target):
+        for name in ("forward", "_old_forward"):
+            if isinstance(model.__dict__.get(name), exits.Stepper):
+                model.__dict__.pop(name).graph.reset()
+                if name == "_old_forward":
+                    model.__dict__[name] = types.MethodType(type(model).forward, model)
         if model.__dict__.get("_cn_contiguous", False):
             model.to(memory_format=torch.contiguous_format)
         for module in model.modules():
@@ -133,6 +152,12 @@ def _swap(model: nn.Module, channels_last: bool) -> None:
     if channels_last:
         model.__dict__["_cn_contiguous"] = all(p.is_contiguous() for p in model.parameters())
         model.to(memory_format=torch.channels_last)
+
+
+def _step_by_graph(model: nn.Module, recorder: Recorder) -> None:
+    name = "_old_forward" if "_old_forward" in model.__dict__ else "forward"  # inside of accelerate's offloading
+    if not isinstance(model.__dict__.get(name), exits.Stepper):
+        model.__dict__[name] = exits.Stepper(model, recorder)
 
 
 def _retype(module: nn.Module, cls: type[nn.Module]) -> None:

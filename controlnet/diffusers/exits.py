@@ -1,14 +1,17 @@
 """A ControlNet's exits, one operation with their scales: what is done around diffusers' forward, by two hooks."""
 
+import inspect
 import math
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers.models.controlnets import controlnet
 from torch import Tensor, nn
 
 from controlnet.diffusers import checks
+from controlnet.inference.graph import Recorder, StepGraph
 from controlnet.model.scales import Scale, check_scale, controlled
 
 # Of ControlNetModel.forward, from the fifth on.
@@ -59,8 +62,12 @@ def _convs(model: nn.Module) -> list[nn.Module]:
 
 def enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
     """A forward pre-hook: takes the scale from the arguments, and the exits' convolutions from the forward."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(model.__dict__.get("forward"), Stepper):
         return None
+    return _begin(model, args, kwargs)
+
+
+def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
     _state.scales, _state.skip = None, False
     convs = _convs(model)
     if (
@@ -79,7 +86,7 @@ def enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         check_scale(scale, x.shape[0])
         if scale.numel() == 1 or scale.dim() == 4 and scale.shape[1:] == (1, 1, 1):
             scale = scale.reshape(() if scale.numel() == 1 else -1)
-        scale = scale.to(x)
+        scale = scale.to(x.device)
     last = len(convs) - 1
     _state.scales = [scale * math.pow(10, i / last - 1) if guess else scale for i in range(len(convs))]
     trained = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
@@ -99,3 +106,31 @@ def leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     if isinstance(output, tuple):
         return down, middle
     return type(output)(down_block_res_samples=down, mid_block_res_sample=middle)
+
+
+class Stepper:
+    """The forward of a model whose steps are CUDA graphs, the ControlNet's exits in them."""
+
+    def __init__(self, model: nn.Module, recorder: Recorder | None = None):
+        self._model = model
+        self._names = list(inspect.signature(type(model).forward).parameters)[1:]
+        scales = ("conditioning_scale",)
+        self.graph = StepGraph(self._whole, model, numbers=("timestep",), scales=scales, recorder=recorder)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.graph(**dict(zip(self._names, args, strict=False)), **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Stepper, (self._model,)
+
+    def _whole(self, **kwargs: Any) -> Any:
+        model = self._model
+        if not isinstance(model, controlnet.ControlNetModel):
+            return type(model).forward(model, **kwargs)
+        changed = _begin(model, (), kwargs)
+        output = None
+        try:
+            output = type(model).forward(model, **(kwargs if changed is None else changed[1]))
+        finally:
+            left = leave(model, (), kwargs, output)
+        return output if left is None else left

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-Result = TypeVar("Result")
+from controlnet.inference.graph import Static, stamp
 
-_forgotten = 0  # how often `forget` was called; a part of every key
+Result = TypeVar("Result")
 
 
 def forget() -> None:
@@ -18,12 +18,13 @@ def forget() -> None:
     To be called after a write that PyTorch does not count: through `.data` into the same memory. diffusers' EMAModel
     and its fuse_lora and unfuse_lora, which write so, call it by themselves.
     """
-    global _forgotten
-    _forgotten += 1
+    Static.forgotten += 1
 
 
 def keeps(x: Tensor) -> bool:
     """Whether results may be kept now: not for gradients, nor for who records operations to run them again later."""
+    if Static.active() is not None:
+        return True
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -36,16 +37,19 @@ def keep(owner: nn.Module, tensors: Sequence[Tensor], compute: Callable[[], Resu
     is kept is one tuple, read and written as a whole, so threads may share the owner. Storages are held weakly: their
     memory can be freed, while no other storage can take their identity.
     """
-    if not keeps(tensors[0]) or any(tensor.is_inference() for tensor in tensors):
+    static = Static.active()
+    if static is not None:
+        return static.keep(owner, tensors, compute)
+    if not keeps(tensors[0]):
         return compute()
     kind = tensors[0].device.type
-    key: list[Any] = [_forgotten, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None]
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    for tensor, storage in zip(tensors, storages, strict=True):
-        key += storage._cdata, tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride()
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    key: list[Any] = [Static.forgotten, autocast, *map(stamp, tensors)]
+    if None in key[2:]:
+        return compute()
     kept = owner.__dict__.get("_cn_kept")
     if kept is not None and kept[0] == key:
         return kept[1]
     result = compute()
-    owner.__dict__["_cn_kept"] = (key, result, [StorageWeakRef(storage) for storage in storages])
+    owner.__dict__["_cn_kept"] = (key, result, [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors])
     return result

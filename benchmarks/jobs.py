@@ -121,9 +121,10 @@ def _denoise_diffusers(job: Job, device: torch.device, params: dict[str, Any], h
     if "accelerate" in how:
         import controlnet
 
-        options = {"mode": "max-autotune-no-cudagraphs", "fullgraph": True} if "compile" in how else None
-        controlnet.accelerate(unet, compile=options)
-        controlnet.accelerate(control, compile=options)
+        for model in (unet, control):
+            controlnet.accelerate(model, graph="graph" in how and "compile" not in how)
+            if "compile" in how:
+                model.compile(mode="max-autotune-no-cudagraphs", fullgraph=True)
     elif how != "eager":
         mode = "max-autotune" if "graph" in how else "max-autotune-no-cudagraphs"
         mode = mode if device.type == "cuda" else "default"
@@ -139,7 +140,7 @@ def _denoise_diffusers(job: Job, device: torch.device, params: dict[str, Any], h
             uncond, cond = unet(x, t, context, **residuals, return_dict=False)[0].chunk(2)
             return uncond + 7.5 * (cond - uncond)
 
-    return _captured(step, device) if "accelerate" in how and "graph" in how else step
+    return step
 
 
 def training(job: Job, device: torch.device, model, parameters: list, loss: Callable[[], Tensor]):

@@ -30,6 +30,8 @@ class Architecture:
 
 ARCHITECTURES = {
     80: Architecture("HMMA", 163 * 1024),  # A100
+    86: Architecture("HMMA", 99 * 1024),  # RTX 30, A10
+    89: Architecture("HMMA", 99 * 1024),  # RTX 40, L4
     90: Architecture("HGMMA", 227 * 1024),  # H100, H200
     100: Architecture("UTCHMMA", 227 * 1024),  # B200
     120: Architecture("HMMA", 99 * 1024),  # RTX 50, RTX PRO

@@ -276,20 +276,27 @@ def _attention_bwd_key_kernel(
         store_tiles(dv_ptr + first_element, dv, columns, heads * HEAD_DIM, keys, HEAD_DIM, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["size", "parts"])
-def _attention_bwd_sum_kernel(parts_ptr, sum_ptr, size, parts, BLOCK: tl.constexpr):
-    """sum[i] = parts[0, i] + parts[1, i] + ..., in that order."""
+@triton.jit(do_not_specialize=["units", "parts"])
+def _attention_bwd_sum_kernel(parts_ptr, sum_ptr, units, parts, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """sum[i] = parts[0, i] + parts[1, i] + ..., in that order, over `units` times UNIT elements.
+
+    The compiler must know what divides the size: else it cannot see that all elements of a vector are there, or none.
+    """
+    size = units.to(tl.int64) * UNIT
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for part in range(parts):
-        total += tl.load(parts_ptr + part * size.to(tl.int64) + index, mask=index < size, other=0.0)
+        total += tl.load(parts_ptr + part * size + index, mask=index < size, other=0.0)
     tl.store(sum_ptr + index, total.to(sum_ptr.dtype.element_ty), mask=index < size)
 
 
-def query_config(head_dim: int, itemsize: int, capability: int) -> Config:
+def query_config(head_dim: int, itemsize: int, capability: int, tiles: int) -> Config:
+    """Tiles of the kernel that holds queries; `tiles` of 128 of them is what the call would make."""
     if itemsize == 4:
         return Config(32, 16, 4, 1)
     if capability in (9, 10):
+        if 96 < head_dim <= 160 and tiles < 128:  # 256 queries of two images are 32 tiles: a quarter of the GPU
+            return Config(64, 32, 4, 2)
         if head_dim <= 160:
             return Config(128, 64, 8, 3 if head_dim <= 64 else 2)
         return Config(64, 32, 8, 2)
@@ -300,7 +307,9 @@ def key_config(head_dim: int, itemsize: int, capability: int) -> Config:
     if itemsize == 4:
         return Config(32, 16, 4, 1)
     if capability in (9, 10):
-        return Config(64, 64, 4, 2) if head_dim <= 96 else Config(32 if head_dim <= 192 else 16, 64, 8, 2)
+        return Config(64, 64, 4, 2) if head_dim <= 80 else Config(32 if head_dim <= 192 else 16, 64, 8, 2)
+    if head_dim <= 48:
+        return Config(64, 32, 4, 2)  # 32 queries and 64 keys take two registers too many on sm_89
     return Config(32 if head_dim <= 96 else 16, 64, 4, 2)
 
 
@@ -349,7 +358,8 @@ class Call:
 def query_launch(call: Call, need_q: bool) -> Launch:
     """Fills delta, for float32 norm too, and dq where it is needed."""
     batch, queries, heads, head_dim = call.shape
-    config = query_config(head_dim, call.itemsize, call.capability)
+    tiles = triton.cdiv(queries, 128) * batch * heads
+    config = query_config(head_dim, call.itemsize, call.capability, tiles)
     programs = triton.cdiv(queries, config.block_m) * batch * heads
     return config.launch(_attention_bwd_query_kernel, programs, sizes=call.sizes(config) | {"NEED_Q": need_q})
 
@@ -371,5 +381,6 @@ def key_launches(call: Call, need_k: bool, need_v: bool) -> tuple[list[Launch], 
 
 def sum_launch(elements: int, parts: int) -> Launch:
     """Adds the parts of a gradient of so many elements, in order."""
-    sizes = {"size": elements, "parts": parts, "BLOCK": 1024}
+    unit = 8 if elements % 8 == 0 else 1
+    sizes = {"units": elements // unit, "parts": parts, "UNIT": unit, "BLOCK": 1024}
     return Launch(_attention_bwd_sum_kernel, (triton.cdiv(elements, 1024),), sizes, num_warps=4)

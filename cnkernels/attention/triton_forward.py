@@ -26,6 +26,7 @@ from cnkernels.attention.triton_common import (
 )
 from cnkernels.launch import Launch
 
+_PROGRAMS = 256  # twice as many as a large GPU has multiprocessors: fewer tiles of 128 queries than this are halved
 # A tile keeps its old row maxima until a score exceeds one by this, in log2: P stays within 2^8, float16 takes 2^15.
 _LAG = tl.constexpr(8.0)
 _LN2 = tl.constexpr(math.log(2))
@@ -202,10 +203,10 @@ def forward_config(shape: tuple[int, ...], keys: int, itemsize: int, capability:
     """Tiles of the forward kernels.
 
     Short tiles where tiles of 128 queries would leave multiprocessors idle, and for wide heads on GPUs whose matrix
-    units read registers. maxnreg fits two programs on an sm_90 multiprocessor.
+    units read registers. maxnreg fits two programs on an sm_90 multiprocessor: 64 columns would take 130 registers.
     """
     batch, queries, heads, head_dim = shape
-    many = batch * heads * triton.cdiv(queries, 128) >= 128
+    many = batch * heads * triton.cdiv(queries, 128) >= _PROGRAMS
     if itemsize == 4:
         return Config(32, 16, 4, 1)
     if _single_pass(keys, head_dim, itemsize, capability):
@@ -214,9 +215,11 @@ def forward_config(shape: tuple[int, ...], keys: int, itemsize: int, capability:
         if head_dim <= 64:
             return Config(128, 64, 8, 3) if many else Config(64, 64, 4, 3)
         return Config(64, 64, 4, 3) if head_dim <= 96 else Config(64, 32 if head_dim <= 160 else 16, 4, 2)
-    if head_dim <= 96:
-        cap = 128 if capability == 9 and head_dim > 64 else None
+    if head_dim <= 80:
+        cap = 128 if capability == 9 and head_dim > 48 else None
         return Config(128, 64, 8, 3, cap) if many else Config(64, 64, 4, 3)
+    if head_dim <= 96:
+        return Config(64, 64, 4, 3)  # 128 queries would spill under the cap
     return Config(128, 64 if head_dim <= 192 else 32, 8, 2) if many or head_dim > 160 else Config(64, 32, 4, 2)
 
 

@@ -122,13 +122,13 @@ def attention_bwd_plan(dout, q, k, v, out, lse, scale, need) -> Callable:
 
 
 def aot_cases() -> list[AotCase]:
-    """The kernels of Stable Diffusion 1.5's self- and cross-attention at 512x512, batch 2, for cnkernels.aot."""
+    """The kernels of Stable Diffusion's self- and cross-attention at batch 2, for cnkernels.aot: 1.5, 2.1 and XL."""
     cases = []
-    for archs, capability in (((80, 120), 8), ((90,), 9), ((100,), 10)):
-        for length, head_dim in ((4096, 40), (1024, 80), (256, 160), (64, 160)):
+    for archs, capability in (((80, 86, 89, 120), 8), ((90,), 9), ((100,), 10)):
+        for length, heads, head_dim in ((4096, 8, 40), (1024, 8, 80), (256, 8, 160), (64, 8, 160), (4096, 10, 64)):
             for keys in (length, 77):
-                name = f"{length}x{keys} head_dim={head_dim} fp16"
-                for stem, launch, operands in _launches((2, length, 8, head_dim), keys, capability):
+                name = f"{length}x{keys} heads={heads} head_dim={head_dim} fp16"
+                for stem, launch, operands in _launches((2, length, heads, head_dim), keys, capability):
                     case = launch.case(f"{stem} {name}", operands, uses_matrix_units=True)
                     cases.append(replace(case, archs=archs))
     return cases

@@ -1,6 +1,7 @@
 """group_norm_silu in Triton: what each call allocates and launches, and what is compiled ahead of time."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -83,6 +84,8 @@ def group_norm_silu_bwd_plan(dy, x, groups, weight, bias, mean, rstd, activation
     )
     need_dx, need_dweight, need_dbias, need_daddend = need
     need_parameters = need_dweight or need_dbias or need_daddend
+    if not need_daddend:  # its programs are all but those of the first row
+        parameters = replace(parameters, grid=(parameters.grid[0], 1))
     wanted = (sums, dx if need_dx else None, parameters if need_parameters else None)
     launches = [launch.bind(x.device, _BACKWARD) for launch in wanted if launch is not None]
     matches = layout.match(dy, x) is dy

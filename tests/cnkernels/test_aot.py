@@ -15,7 +15,7 @@ import pytest
 from cnkernels.aot import ARCHITECTURES
 from cnkernels.dispatch import OPS
 
-EVERY = 16
+EVERY = 24
 
 
 def run(*arguments, interpret=False):

@@ -1,23 +1,27 @@
-"""Every CUDA kernel compiled for sm_80 and sm_90a: no spills, shared memory in limits, tensor cores, 16-byte loads."""
+"""Every CUDA kernel compiled for six architectures: no spills, tensor cores, 16-byte loads, lean inner loops.
+
+Instructions are counted from the machine code: no test of results, and none for the presence of an opcode, sees that a
+loop spends half its instructions on addresses.
+"""
 
 import hashlib
 import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from cnkernels import extension
+from cnkernels import aot_sass, extension
 from cnkernels.attention import cuda_kernels as attention
 from cnkernels.zero_conv_add import cuda_kernels as zero_conv_add
 from tests.cnkernels import host_build
 
 BUILD = host_build.csrc_build()
-ARCHS = ("80", "90a")
+ARCHS = {"80": "80", "86": "80", "89": "80", "90a": "90a", "100": "90", "120": "90"}  # machine code: from this PTX
 STATIC_LIMIT = 48 * 1024
 SMALL_GPU_LIMIT = 99 * 1024  # dynamic, of sm_86, sm_89 and sm_120, where the portable kernels are to run too
 
@@ -45,7 +49,10 @@ def compile_source(source: Path, folder: Path) -> list[Kernel]:
     fatbin = folder / f"{source.stem}.fatbin"
     log, sass = fatbin.with_suffix(".log"), fatbin.with_suffix(".sass")
     if not sass.exists():
-        flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+        flags = [
+            f"-gencode=arch=compute_{ptx},code=[{','.join(f'sm_{arch}' for arch in ARCHS if ARCHS[arch] == ptx)}]"
+            for ptx in dict.fromkeys(ARCHS.values())
+        ]
         command = [BUILD.nvcc(), "-std=c++17", "-O3", "-Xptxas", "-v", *flags, "-fatbin", source, "-o", fatbin]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, BUILD.first_error(done.stdout + done.stderr)
@@ -58,8 +65,8 @@ def parse(log: str, sass: str):
     code = {}
     for image in re.split(r"(?=\barch = sm_)", sass):
         arch = re.match(r"arch = sm_(\w+)", image)
-        for function in re.split(r"(?=\bFunction : )", image)[1:]:
-            code[arch[1], re.match(r"Function : (\S+)", function)[1]] = function
+        for name, function in aot_sass.functions(image).items():
+            code[arch[1], name] = function
     for name, arch, figures in re.findall(r"Compiling entry function '(\S+)' for 'sm_(\w+)'(.*?Used .*?)\n", log, re.S):
 
         def figure(pattern, figures=figures):
@@ -96,8 +103,8 @@ def faults(kernel: Kernel) -> list[str]:
         found.append(f"has {kernel.stack} bytes of local memory")
     if kernel.static_shared > STATIC_LIMIT:
         found.append(f"takes {kernel.static_shared} bytes of static shared memory")
-    if "_cluster_kernel" in name and kernel.arch == "80":
-        return found  # sm_80 has no clusters: an empty body
+    if "_cluster_kernel" in name and ARCHS[kernel.arch] == "80":
+        return found  # no clusters before sm_90: an empty body
     half = "f16E" in name  # of bf16 too
     multiplies = re.search(r"attention_(fwd|bwd_d)|zero_conv_add_(fwd|bwd_dx|bwd_dweight)_kernel", name)
     if multiplies and half and "HMMA" not in kernel.sass:
@@ -119,14 +126,15 @@ def test_no_kernel_has_a_fault(kernels):
 
 
 def test_every_kernel_is_there(kernels):
-    """The count that dtypes, formats, vector widths and head dimensions make, for both architectures."""
+    """The count that dtypes, formats, vector widths and head dimensions make, for every architecture."""
     for arch in ARCHS:
         names = [k.name for k in kernels if k.arch == arch]
         assert sum("group_norm_silu_fwd" in n for n in names) == 30  # 3 dtypes x 2 formats x (2 widths x 2 + cluster)
         assert sum("group_norm_silu_bwd" in n for n in names) == 36  # the same and two sums per dtype
-        assert sum("zero_conv_add_fwd" in n for n in names) == 6  # 3 dtypes x 2 formats
+        assert sum("zero_conv_add_fwd_kernel" in n for n in names) == 6  # 3 dtypes x 2 formats
+        assert sum("zero_conv_add_fwd_fold" in n for n in names) == 3
         assert sum("zero_conv_add_bwd_d" in n for n in names) == 18  # the products, dbias and dscale
-        assert sum("attention_fwd" in n for n in names) == 10  # 2 dtypes x 5 head dimensions
+        assert sum("attention_fwd" in n for n in names) == 20  # 2 dtypes x 5 head dimensions x 2 sizes of blocks
         assert sum("attention_bwd" in n for n in names) == 10 * 4 + 6  # delta, dq, dk, dv; dk with dv up to 80
 
 
@@ -147,6 +155,78 @@ def test_the_rules_see_a_fault(kernels):
     narrow = re.sub(r"(LDG|STG)\.E\S*", r"\1.E.U16", apply.sass)
     found = faults(Kernel(**{**vars(apply), "sass": narrow}))
     assert found == ["loads in less than 16 bytes", "stores in less than 16 bytes"]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The most instructions that one turn of a kernel's inner loop may take."""
+
+    kernel: str  # a regular expression of its mangled name
+    units: int  # of work in one turn: fragments of 16 rows x 64 keys, HMMA, or elements
+    most: float  # instructions per unit
+    tensor: int = 0  # HMMA per turn, exactly: more would be padding
+    mufu: int | None = None  # MUFU per turn, at most
+
+
+_F16 = r"3f16E"
+# What a unit cannot do without, and some 15 % for addresses, barriers and the loop: at D = 40 a warp's 16 rows x 64 keys
+# are 44 HMMA, 34 MUFU, 66 FFMA and FADD, 36 FMNMX, 20 FMUL, 16 conversions and 15 to 27 LDSM; the prototype took 298.
+BOUNDS = {
+    "attention forward 40": Bound(rf"attention_fwd_kernel.*Head.*{_F16}Li40ELi4ELi2E", 2, 320, tensor=88, mufu=68),
+    "attention forward 64": Bound(rf"attention_fwd_kernel.*Head.*{_F16}Li64ELi4ELi2E", 2, 340, tensor=128, mufu=68),
+    "attention forward 80": Bound(rf"attention_fwd_kernel.*Head.*{_F16}Li80ELi8ELi1E", 1, 460, tensor=80, mufu=34),
+    "attention dq 40": Bound(rf"attention_bwd_dq_kernel.*{_F16}Li40E", 1, 480, tensor=68, mufu=32),
+    "attention dk dv 40": Bound(rf"attention_bwd_dkdv_kernel.*{_F16}Li40E.*Lb1ELb1E", 1, 480, tensor=88, mufu=32),
+    # Tiles of 64x64 took 15 and more for an HMMA on their fast path alone.
+    "zero_conv_add": Bound(rf"zero_conv_add_fwd_kernel.*{_F16}", 40, 3.5, tensor=40),
+    "zero_conv_add dx": Bound(rf"zero_conv_add_bwd_dx_kernel.*{_F16}", 40, 3.5, tensor=40),
+    "zero_conv_add dweight": Bound(rf"zero_conv_add_bwd_dweight_kernel.*{_F16}", 40, 3.5, tensor=40),
+    # Of an element: unpack, shift, scale, two MUFU and three products for SiLU, half a pack, and 1/8 of two accesses.
+    "group norm apply": Bound(rf"group_norm_silu_fwd_apply_kernel.*{_F16}Lb[01]ELi8E", 32, 14, mufu=64),
+    # Unpack twice, add, subtract, square; the merge of eight elements of a channel.
+    "group norm moments NHWC": Bound(rf"group_norm_silu_fwd_moments_kernel.*{_F16}Lb1ELi8E", 64, 9),
+    "group norm moments NCHW": Bound(rf"group_norm_silu_fwd_moments_kernel.*{_F16}Lb0ELi8E", 32, 9),
+    # Forward's, and the derivative of SiLU.
+    "group norm sums": Bound(rf"group_norm_silu_bwd_sums_kernel.*{_F16}Lb0ELi8E", 32, 20, mufu=64),
+}
+
+
+def excess(kernel: Kernel, bound: Bound) -> list[str]:
+    """What of the kernel's inner loop is over the bound, in words."""
+    loop = aot_sass.hot_loop(aot_sass.instructions(kernel.sass))
+    pipes, found = aot_sass.count(loop), []
+    if len(loop) > bound.most * bound.units:
+        found.append(f"{len(loop) / bound.units:.1f} instructions a unit, the bound is {bound.most}")
+    if pipes["tensor"] != bound.tensor:
+        found.append(f"{pipes['tensor']} HMMA, not {bound.tensor}")
+    if bound.mufu is not None and pipes["mufu"] > bound.mufu:
+        found.append(f"{pipes['mufu']} MUFU, the bound is {bound.mufu}")
+    return [f"{what} ({dict(pipes)})" for what in found]
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_an_inner_loop_is_lean(kernels, name):
+    bound = BOUNDS[name]
+    bounded = [k for k in kernels if re.search(bound.kernel, k.name)]
+    assert {k.arch for k in bounded} == set(ARCHS)
+    over = {f"sm_{k.arch} {k.name}": excess(k, bound) for k in bounded if excess(k, bound)}
+    assert not over, "\n".join(f"{kernel}: {', '.join(what)}" for kernel, what in over.items())
+
+
+def test_the_bounds_see_an_excess(kernels):
+    """Twenty more instructions for every product, as many as a tile's addresses once took."""
+    bound = BOUNDS["attention forward 40"]
+    kernel = next(k for k in kernels if re.search(bound.kernel, k.name))
+    at = kernel.sass.index("HMMA", kernel.sass.rindex("LDGSTS", 0, kernel.sass.rindex("HMMA")))
+    line = kernel.sass.rindex("\n", 0, at)
+    assert not excess(kernel, bound)
+    loop = aot_sass.hot_loop(aot_sass.instructions(kernel.sass))
+    address = f"{loop[1].address:04x}"
+    padding = "".join(f"\n        /*{address}*/                   IADD3 R1, R1, R1, RZ ;" for _ in range(100))
+    padded = replace(kernel, sass=kernel.sass[:line] + padding + kernel.sass[line:])
+    assert any("instructions a unit" in what for what in excess(padded, bound))
+    fewer = replace(bound, tensor=96, mufu=60)
+    assert len(excess(kernel, fewer)) == 2
 
 
 @pytest.mark.skipif(host_build.COMPILER is None, reason="needs a C++ compiler")

@@ -247,8 +247,8 @@ MUTATIONS = {  # op, what is broken: the kernel or device function, its text, th
     ),
     "group_norm_silu: last sample's gradient of the weight skipped": (
         "_group_norm_silu_parameter_gradients_kernel",
-        "for sample in range(0, batch):",
-        "for sample in range(0, batch - 1):",
+        "_sum_parts(base + channel_plane, batch, parts,",
+        "_sum_parts(base + channel_plane, batch - 1, parts,",
         RAGGED_NORM,
     ),
     "group_norm_silu: gradient of the addend without a mean": (

@@ -33,7 +33,8 @@ def _installed(name: str) -> bool:
 def quiet_libraries() -> None:
     """Keeps diffusers and transformers from printing what does not concern our users; for entry points, at the start.
 
-    Both read these variables when they are imported; a user who has set them keeps what was set.
+    They read these variables when they are imported; a user who has set one keeps what was set.
     """
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -3,16 +3,24 @@
 import argparse
 import sys
 
+from controlnet import command
 from controlnet.checkpoints.convert import convert
 from controlnet.checkpoints.errors import CheckpointError
 from controlnet.checkpoints.write import FORMATS
 
+EXAMPLES = """
+python -m controlnet.convert runs/mine out --format diffusers
+python -m controlnet.convert out mine.safetensors --format original
+python -m controlnet.convert controlnet.nemo control.safetensors --format original
+"""
+
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m controlnet.convert",
-        description="Converts a ControlNet or Stable Diffusion checkpoint between the original's, diffusers' and NeMo's"
-        " formats. What the source is, its keys tell.",
+    parser = command.parser(
+        "controlnet.convert",
+        "Converts a ControlNet or Stable Diffusion checkpoint between the original's, diffusers' and NeMo's formats."
+        " What the source is, its keys tell.",
+        EXAMPLES,
     )
     parser.add_argument("src", help="a checkpoint file, a diffusers folder, or the folder of a training run")
     parser.add_argument("dst", help="a .safetensors file (.ckpt or .nemo where wanted); for diffusers a new folder")

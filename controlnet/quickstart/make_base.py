@@ -5,7 +5,6 @@
 The result is in the repository; this is how it was made. The U-Net sees captions and no hints.
 """
 
-import argparse
 import logging
 import time
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from controlnet import build, config
+from controlnet import build, command, config
 from controlnet.conditioning import Conditioning
 from controlnet.model.diffusion import NoiseSchedule
 from controlnet.model.unet import UNet
@@ -107,11 +106,10 @@ def save(path: Path, weights: Mapping[str, Tensor], cond_stage: nn.Module) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m controlnet.quickstart.make_base", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--output", type=Path, default=BASE)
+    examples = "python -m controlnet.quickstart.make_base --steps 100 --output /tmp/base.safetensors"
+    parser = command.parser("controlnet.quickstart.make_base", __doc__.split("\n")[0], examples)
+    parser.add_argument("--steps", type=int, default=5000, help="updates (default 5000)")
+    parser.add_argument("--output", type=Path, default=BASE, help="safetensors file (default: the shipped one)")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)  # the same sums on any number of cores

@@ -31,7 +31,8 @@ MAINS = {
 def run(code, *, blocked=()):
     """stdout and stderr of Python code in an environment that lacks some packages."""
     block = "".join(f"sys.modules[{name!r}] = None\n" for name in blocked)
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    own = ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS")  # set by a command before
+    env = {name: value for name, value in os.environ.items() if name not in own} | {"PYTHONPATH": str(ROOT)}
     script = f"import sys\n{block}{code}"
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=300)
 
@@ -162,6 +163,24 @@ def test_libraries_are_quiet_unless_the_user_has_set_them(monkeypatch):
     monkeypatch.setenv("DIFFUSERS_VERBOSITY", "debug")
     extras.quiet_libraries()
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "error" and os.environ["DIFFUSERS_VERBOSITY"] == "debug"
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_what_libraries_print_while_they_load_does_not_reach_users(quiet, tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("diffusers")
+    from tests.controlnet import tiny
+
+    tiny.clip_folder(tmp_path / "clip")
+    tiny.vae().save_pretrained(tmp_path / "vae")
+    done = run(
+        f"from controlnet.extras import quiet_libraries\nif {quiet}: quiet_libraries()\n"
+        "from controlnet.conditioning import AutoencoderKL, CLIPTextEncoder\n"
+        f"AutoencoderKL({str(tmp_path / 'vae')!r}, precision='bf16')\n"
+        f"CLIPTextEncoder({str(tmp_path / 'clip')!r}, max_length=12, precision='fp16')"
+    )
+    assert done.returncode == 0 and not done.stdout
+    assert (done.stderr == "") == quiet  # what transformers prints shows that there is something to keep away
 
 
 def test_environment_report_has_help():

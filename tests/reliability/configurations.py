@@ -34,7 +34,7 @@ SECONDS = 60  # of one configuration; more is a hang
 REFUSALS = (ConfigError, DataError, CheckpointError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2**31, 2**63, -(2**63), 10**12, 10**400, 0.0, -0.5, 1e308, float("nan"), float("inf"),
-    "", "abc", "null", "\0", "1e-4", "${nowhere}", "${oc.env:CONTROLNET_NOT_SET}", "${model}", "${", "???", "x" * 10_000,
+    "", "abc", "null", "\0", "1e-4", "${nowhere}", "${oc.env:CN_NOT_SET}", "${model}", "${", "???", "x" * 10_000,
     [], [1], [None], [[[]]], [-1] * 3, ["a", 1], list(range(1000)), {}, {"a": 1}, {"_target_": "os.system"}, {1: 2},
     {"params": 3}, {"target": None}, "/", "/nowhere", "../..", "1, 2, 3", "nan",
 )  # fmt: skip

@@ -5,7 +5,14 @@ import pytest
 from tests.reliability.__main__ import FAILURES, subjects
 
 # Rounds in a test: minutes in a long run, seconds here.
-ROUNDS = {"checkpoint_files": 1500, "checkpoint_names": 150, "manifests": 300, "pictures": 1500, "shards": 1500}
+ROUNDS = {
+    "checkpoint_files": 1500,
+    "checkpoint_names": 150,
+    "configurations": 100,
+    "manifests": 300,
+    "pictures": 1500,
+    "shards": 1500,
+}
 
 
 @pytest.mark.slow

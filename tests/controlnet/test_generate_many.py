@@ -6,14 +6,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from controlnet import generate
+import controlnet
+from controlnet import conditioning, generate
+from controlnet.checkpoints.convert import convert
 from controlnet.config import ConfigError
+from controlnet.inference.images import to_uint8
 from controlnet.inference.jobs import jobs, nemo_options, read_prompts
 from controlnet.inference.loading import open_origin
+from controlnet.inference.sampling import ddim
 from controlnet.inference.several import SeveralControlNets
 from controlnet.model.controlled import ControlledUNet
-from tests.controlnet import tiny_run
+from controlnet.model.diffusion import NoiseSchedule
+from tests.controlnet import tiny, tiny_run
 from tests.controlnet.test_generate import SIZE, assert_same_picture, command, images_in, run  # noqa: F401
 
 
@@ -200,3 +206,57 @@ def test_base_and_config_exclude_each_other(run, tmp_path):  # noqa: F811
         open_origin([run[0] / "run"], base=tmp_path, overrides=["model.seed=1"])
     with pytest.raises(ConfigError, match="--weight is given 2 times for 1 ControlNets"):
         open_origin([run[0] / "run"], weights=[1, 2])
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """A diffusers pipeline of tiny models with a ControlNet, and a hint beside it."""
+    pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("pipeline")
+    shape = {**tiny_run.UNET, "in_channels": 4, "out_channels": 4}
+    torch.manual_seed(0)
+    unet = controlnet.UNet(**shape)
+    shape.pop("out_channels")
+    control = controlnet.ControlNet(hint_channels=3, hint_block_channels=[8, 16], **shape)
+    for model in (unet, control):
+        for parameter in model.parameters():
+            parameter.data.add_(0.05 * torch.randn(parameter.shape))
+    whole = {f"model.diffusion_model.{name}": tensor for name, tensor in unet.state_dict().items()}
+    whole |= {f"control_model.{name}": tensor for name, tensor in control.state_dict().items()}
+    save_file(whole, folder / "whole.safetensors")
+    convert(folder / "whole.safetensors", folder / "sd", "diffusers", num_heads=2)
+    tiny.vae().save_pretrained(folder / "sd" / "vae")
+    tiny.clip_folder(folder / "sd" / "text_encoder", length=77)
+    tiny.clip_folder(folder / "sd" / "tokenizer", length=77)
+    Image.fromarray((tiny_run.sample(0)[1] * 255).byte().permute(1, 2, 0).numpy()).save(folder / "hint.png")
+    return folder
+
+
+def test_a_base_stands_for_the_configuration(pipeline):
+    sd, hint = pipeline / "sd", pipeline / "hint.png"
+    pictures = []
+    for arguments in (
+        ["--checkpoint", str(sd)],
+        ["--checkpoint", str(sd / "controlnet"), "--base", str(sd)],
+    ):
+        output = pipeline / "out.png"
+        words = ["--hint", str(hint), "--prompt", "a cat", "--steps", "2", "--output", str(output), *arguments]
+        generate.main(words)
+        pictures.append(np.asarray(Image.open(output)))
+    assert np.array_equal(*pictures)
+    first, text = conditioning.AutoencoderKL(str(sd)), conditioning.CLIPTextEncoder(str(sd))
+    frozen = conditioning.Conditioning(first, text, 0.18215)
+    parts = controlnet.load(sd)
+    latents = ddim(
+        ControlledUNet(parts.unet, parts.control).eval(),
+        NoiseSchedule(),
+        (1, 4, SIZE // 2, SIZE // 2),
+        frozen.context(["a cat"]),
+        uncond_context=frozen.context([""]),
+        hint=tiny_run.sample(0)[1][None],
+        guidance_scale=7.5,
+        steps=2,
+        generator=torch.Generator().manual_seed(0),
+    )
+    expected = to_uint8(frozen.images(latents))[0].permute(1, 2, 0).numpy()
+    assert_same_picture(images_in(pictures[0], 1)[0], expected)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-FAILURES = ("lost", "raised", "hung", "accepted damage")
+FAILURES = ("lost", "raised", "hung", "accepted damage", "grows")
 
 
 def subjects() -> dict[str, object]:

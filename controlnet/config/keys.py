@@ -250,12 +250,14 @@ SCHEMA: dict[str, Any] = {
     },
     "optim": {
         "name": text(
-            "fused_adam", "AdamW (adamw, and NeMo's fused_adam, megatron_fused_adam, distributed_fused_adam), or adam"
+            "fused_adam",
+            "AdamW (adamw, and NeMo's fused_adam, megatron_fused_adam, distributed_fused_adam), adamw_8bit, or adam",
         ),
         "lr": number(1e-4, "learning rate after the warm-up", low=0),
         "weight_decay": number(0.0, "decoupled, as in AdamW", low=0),
         "betas": several([0.9, 0.999], "of Adam", number(..., "", low=0, below=1), length=2),
         "eps": number(1e-8, "of Adam", above=0),
+        "zero": flag(False, "ZeRO-1: each rank keeps the optimizer's state of its share of the weights alone"),
         "overlap_grad_sync": silent(True, _GRADIENT_BUCKETS),
         "overlap_param_sync": silent(True, _GRADIENT_BUCKETS),
         "contiguous_grad_buffer": silent(True, _GRADIENT_BUCKETS),

@@ -2,11 +2,12 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from controlnet.checkpoints.trained import trainable_tensors
 from controlnet.config import ConfigError, did_you_mean
@@ -16,6 +17,8 @@ OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
 }
+
+EIGHT_BIT = "adamw_8bit"
 
 # The kind of decay that follows the warm-up, by the names that NeMo and others give it.
 SCHEDULES = {
@@ -28,19 +31,24 @@ SCHEDULES = {
 }
 
 
-def build_optimizer(parameters: Iterator[nn.Parameter], config: Mapping[str, Any]) -> torch.optim.Optimizer:
-    """AdamW (or Adam) over float32 parameters, in one fused kernel.
+def build_optimizer(
+    parameters: Iterator[nn.Parameter], config: Mapping[str, Any], ranks: int = 1
+) -> torch.optim.Optimizer:
+    """AdamW (or Adam) over float32 parameters, in one fused kernel; or with 8-bit state, by another package.
 
-    Arguments:
-        config: the `optim` section: name, lr, weight_decay, betas, eps.
-    Raises ConfigError for an unknown name; ValueError for a trainable weight that is not float32, whose updates would
-        be rounded away, or when there is nothing to train.
+    Args:
+        config: the `optim` section: name, lr, weight_decay, betas, eps, zero.
+        ranks: of the job. With `zero` each of several keeps the state of its share of the weights alone (ZeRO-1).
+
+    Raises:
+        ConfigError: an unknown name, or `zero` with 8-bit state.
+        ImportError: no package has the 8-bit optimizer.
+        ValueError: a trainable weight is not float32, so that its updates would be rounded away, or there is none.
     """
     name = config["name"]
-    if name not in OPTIMIZERS:
-        raise ConfigError(
-            f"optim.name is {name!r}; expected one of {', '.join(OPTIMIZERS)}{did_you_mean(name, OPTIMIZERS)}"
-        )
+    known = [*OPTIMIZERS, EIGHT_BIT]
+    if name not in known:
+        raise ConfigError(f"optim.name is {name!r}; expected one of {', '.join(known)}{did_you_mean(name, known)}")
     trainable = list(parameters)
     if not trainable:
         raise ValueError("no parameter requires a gradient; expected the ControlNet's at least")
@@ -48,14 +56,57 @@ def build_optimizer(parameters: Iterator[nn.Parameter], config: Mapping[str, Any
         if parameter.dtype != torch.float32:
             shape = tuple(parameter.shape)
             raise ValueError(f"a trainable weight of shape {shape} is {parameter.dtype}; expected float32")
-    return OPTIMIZERS[name](
-        trainable,
-        lr=config["lr"],
-        betas=tuple(config["betas"]),
-        eps=config["eps"],
-        weight_decay=config["weight_decay"],
-        fused=True,
-    )
+    zero = config.get("zero", False)
+    settings = {key: config[key] for key in ("lr", "eps", "weight_decay")} | {"betas": tuple(config["betas"])}
+    if name == EIGHT_BIT:
+        if zero:
+            raise ConfigError(f"optim.zero is true with optim.name={EIGHT_BIT}; expected one of the two")
+        return _eight_bit()(trainable, **settings)
+    if zero and ranks > 1:
+        return ZeroRedundancyOptimizer(trainable, OPTIMIZERS[name], fused=True, **settings)
+    return OPTIMIZERS[name](trainable, fused=True, **settings)
+
+
+def _eight_bit() -> Callable[..., torch.optim.Optimizer]:
+    """AdamW with 8-bit state, of whichever package is installed."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        try:
+            from torchao.optim import AdamW8bit
+        except ImportError as error:
+            raise ImportError(
+                f"optim.name is {EIGHT_BIT} but neither bitsandbytes nor torchao is installed: pip install bitsandbytes"
+            ) from error
+    return AdamW8bit
+
+
+def update(optimizer: torch.optim.Optimizer, found_inf: Tensor, broke: Callable[[], bool]) -> None:
+    """One update, unless found_inf (float32 0-d, on the device) is 1; the host does not wait for it.
+
+    An optimizer whose kernel does not read found_inf asks `broke` first, which waits.
+    """
+    inner = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    if getattr(inner, "_step_supports_amp_scaling", False):
+        inner.found_inf = found_inf  # what GradScaler.step sets for a fused optimizer
+        optimizer.step()
+    elif not broke():
+        optimizer.step()
+
+
+def gather_state(optimizer: torch.optim.Optimizer) -> None:
+    """Brings the state of all ranks' shares to rank 0, before its `state_dict`. Every rank must call it."""
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.consolidate_state_dict(to=0)
+
+
+def load_state(optimizer: torch.optim.Optimizer, state: Mapping[Any, Any]) -> None:
+    """Takes up the `state` of an optimizer's state_dict; its settings stay as they are."""
+    groups = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
+    optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
+    if isinstance(optimizer, ZeroRedundancyOptimizer):  # which puts the step counts on the CPU
+        for parameter, own in optimizer.optim.state.items():
+            own["step"] = own["step"].to(parameter.device)
 
 
 class LearningRate:

@@ -22,11 +22,11 @@ from torch import Tensor
 from controlnet.config import ConfigError, dtype
 from controlnet.model.controlled import ControlledUNet
 from controlnet.model.diffusion import DiffusionLoss, NoiseSchedule
-from controlnet.training import checkpoint, placement
+from controlnet.training import checkpoint, optim, placement
 from controlnet.training.agreement import Agreement
 from controlnet.training.distributed import Stopped, StopRequest, World
 from controlnet.training.metrics import Reporter
-from controlnet.training.optim import ExponentialAverage, LearningRate, build_optimizer
+from controlnet.training.optim import ExponentialAverage, LearningRate
 from controlnet.training.randomness import RandomStreams
 from controlnet.training.sensitivity import Sensitivity
 from controlnet.training.validation import Validation, draw_grid
@@ -113,7 +113,7 @@ class Trainer:
         self.schedule = NoiseSchedule.from_config(cfg.model).to(world.device)
         self._place(dtype(cfg.trainer.precision))
         self.conditioning = conditioning.to(world.device)
-        self.optimizer = build_optimizer(self.trainable, cfg.optim)
+        self.optimizer = optim.build_optimizer(self.trainable, cfg.optim, world.size)
         ema = cfg.exp_manager.ema
         self.average = ExponentialAverage(model, ema.decay, ema.every_n_steps) if ema.enable else None
         self.step = self.images_seen = self.skipped = self.skipped_in_a_row = 0
@@ -282,8 +282,7 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(self.trainable, limit, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        self.optimizer.found_inf = found_inf  # what GradScaler.step would set for a fused optimizer
-        self.optimizer.step()
+        optim.update(self.optimizer, found_inf, lambda: self.agreement.read().broke)
         self.scaler.update()
 
     def _settle(self) -> bool:
@@ -402,8 +401,7 @@ class Trainer:
             if state["average_updates"] is None:
                 raise checkpoint.CheckpointError("it holds no average; set exp_manager.ema.enable=False, or start anew")
             self.average.updates = state["average_updates"]
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        optim.load_state(self.optimizer, state["optimizer"]["state"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.images_seen, self.skipped = (state[key] for key in ("step", "images_seen", "skipped"))
@@ -440,6 +438,7 @@ class Trainer:
                 f"the weights are not finite at step {self.step}; no checkpoint is made of them. Lower optim.lr"
             )
         with self.reporter.pause():
+            optim.gather_state(self.optimizer)
             ranks = self.world.gather(self.rank_state_dict())
             problem = self.world.on_first(lambda: self._save(ranks))
         if problem is None:

@@ -82,12 +82,13 @@ class BothRanks(RandomStreams):
         return torch.cat([rank.dropped_prompts(count // 2, rate) for rank in self.ranks])
 
 
-@pytest.mark.parametrize("variant", ["locked", "decoder", "only mid control, micro-batches"])
+@pytest.mark.parametrize("variant", ["locked", "decoder", "only mid control, micro-batches", "ZeRO-1"])
 def test_two_ranks_equal_one_with_the_double_batch(tmp_path, run_two, variant):
     """Same samples, same noise, same dropped prompts, same weights after 5 steps up to rounding."""
     overrides = {
         "locked": ["exp_manager.ema.enable=True"],
         "decoder": ["model.sd_locked=False", "trainer.gradient_clip_val=0.1"],
+        "ZeRO-1": ["optim.zero=True"],
         "only mid control, micro-batches": ["model.only_mid_control=True", "trainer.accumulate_grad_batches=2"],
     }[variant]
     options = ["trainer.max_steps=5", *tiny_run.LINEAR, *overrides]
@@ -108,8 +109,9 @@ def test_two_ranks_equal_one_with_the_double_batch(tmp_path, run_two, variant):
     assert [row["images_seen"] for row in rows[0]] == [row["images_seen"] for row in rows[1]]
 
 
-def test_resumed_on_two_ranks(tmp_path, run_two):
-    overrides = ["exp_manager.resume_if_exists=True", "model.sd_locked=False"]
+@pytest.mark.parametrize("option", ["model.sd_locked=False", "optim.zero=True"])
+def test_resumed_on_two_ranks(tmp_path, run_two, option):
+    overrides = ["exp_manager.resume_if_exists=True", option]
     assert run_two(tmp_path / "whole", "train", *overrides, "trainer.max_steps=4")[0] == [0, 0]
     assert run_two(tmp_path / "parts", "train", *overrides, "trainer.max_steps=2")[0] == [0, 0]
     path = tmp_path / "parts" / "checkpoints" / "step-00000002"

@@ -1,12 +1,14 @@
 """Batch arithmetic, learning rate, optimizer settings and the running average."""
 
 import math
+import sys
+import types
 
 import pytest
 import torch
 
 from controlnet.config import ConfigError
-from controlnet.training.optim import ExponentialAverage, LearningRate, build_optimizer
+from controlnet.training.optim import ExponentialAverage, LearningRate, build_optimizer, update
 from controlnet.training.trainer import accumulation
 
 
@@ -79,6 +81,34 @@ class TestOptimizer:
             build_optimizer(iter([torch.nn.Parameter(parameter.half())]), self.CONFIG)
         with pytest.raises(ValueError, match="no parameter requires a gradient"):
             build_optimizer(iter([]), self.CONFIG)
+
+    def test_eight_bit_state_is_another_packages(self, monkeypatch):
+        made = []
+        module = types.ModuleType("bitsandbytes.optim")
+        module.AdamW8bit = lambda parameters, **settings: made.append(settings)
+        monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+        monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
+        config, weights = {**self.CONFIG, "name": "adamw_8bit"}, [torch.nn.Parameter(torch.ones(3))]
+        build_optimizer(iter(weights), config)
+        assert made == [{"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}]
+        with pytest.raises(ConfigError, match="optim.zero is true with optim.name=adamw_8bit"):
+            build_optimizer(iter(weights), {**config, "zero": True}, ranks=2)
+        for name in ("bitsandbytes", "bitsandbytes.optim", "torchao", "torchao.optim"):
+            monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ImportError, match="neither bitsandbytes nor torchao is installed"):
+            build_optimizer(iter(weights), config)
+
+    @pytest.mark.parametrize("fused", [True, False])
+    @pytest.mark.parametrize("broke", [True, False])
+    def test_an_update_is_left_out_where_the_device_says_so(self, fused, broke):
+        weight = torch.nn.Parameter(torch.ones(3))
+        weight.grad = torch.full((3,), float("nan") if broke else 1.0)
+        optimizer, asked = torch.optim.AdamW([weight], fused=fused), []
+        update(optimizer, torch.tensor(float(broke)), lambda: asked.append(True) or broke)
+        assert torch.equal(weight, torch.ones(3)) == broke
+        assert asked == ([] if fused else [True])  # a fused kernel reads the flag itself
+        if fused:
+            assert optimizer.state[weight]["step"] == float(not broke)
 
     def test_average_follows_its_formula(self):
         model = torch.nn.Linear(1, 1, bias=False)

@@ -218,3 +218,26 @@ def test_sigterm_to_torchrun_saves_and_ends(tmp_path, environment):
     assert first["stopped"] and second["stopped"] and first["step"] == second["step"] > 0
     newest = checkpoint.newest_complete(tmp_path / "checkpoints")
     assert newest.name == runs.folder_name(first["step"])
+
+
+def test_two_nodes(tmp_path, environment):
+    """Two agents of torchrun, as on two machines, of one rank each."""
+    port = str(free_port())
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    agents = [
+        subprocess.Popen(
+            [*command, "--node_rank", node, "--master_addr", "127.0.0.1", "--master_port", port]
+            + [SCRIPT, str(tmp_path), "train", "trainer.max_steps=2"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in ("0", "1")
+    ]
+    outputs = [agent.communicate(timeout=240)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    first, second = results(tmp_path)
+    assert first["step"] == second["step"] == 2
+    for name, tensor in first["weights"].items():
+        assert torch.equal(tensor, second["weights"][name]), name

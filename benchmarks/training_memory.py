@@ -1,0 +1,144 @@
+"""Memory and FLOPs of a training step of SD 1.5's size by recipe: `python -m benchmarks.training_memory [--json FILE]`.
+
+Counted on fake tensors, without a device: 512x512, bfloat16, the U-Net locked. Weights (with autocast's copies),
+gradients, state of the optimizer, average, frozen stages, and what autograd keeps for the backward pass. Not counted: workspaces of single
+operations, the allocator's rounding, and the CUDA context, together 1 to 2 GB. The last line is what encoded shards
+(`python -m controlnet.encode`) save of the FLOPs of a step.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.device_free import Networks, fake_networks, flops, saved_bytes
+from benchmarks.jobs import SD15
+from controlnet.model.controlled import ControlledUNet
+from controlnet.model.controlnet import ControlNet
+from controlnet.model.unet import UNet
+
+GB = 1e9
+TEXT_ENCODER = 123_060_480  # weights of CLIP ViT-L/14's text part
+BACKWARD = 2  # of a product's FLOPs forward, for both gradients; the locked encoder has none, the decoder one
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a ControlNet is trained on one GPU of `ranks`."""
+
+    name: str
+    batch: int
+    checkpointing: bool = False
+    average: bool = True
+    state_bytes: float = 8.0  # of the optimizer, a weight
+    ranks_of_zero: int = 1
+    encoded: bool = False
+
+
+RECIPES = (
+    Recipe("batch 1, checkpointing, 8-bit AdamW, no average, encoded shards", 1, True, False, 2.0, 1, True),
+    Recipe("batch 1, checkpointing, no average, encoded shards", 1, True, False, encoded=True),
+    Recipe("batch 4, checkpointing", 4, True),
+    Recipe("batch 4", 4),
+    Recipe("batch 8", 8),
+    Recipe("batch 32", 32),
+    Recipe("batch 32, ZeRO-1 over 8 GPUs", 32, ranks_of_zero=8),
+)
+
+
+def networks(checkpointing: bool) -> Networks:
+    options = {**SD15, "use_checkpoint": checkpointing}
+    model = ControlledUNet(UNet(**options, out_channels=4), ControlNet(**options, hint_channels=3))
+    unet, control = model.unet, model.control
+    return Networks([model], model, lambda x, t, c, hint: unet(x, t, c), lambda x, t, c, hint: control(x, hint, t, c))
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def first_stage() -> tuple[int, int, float]:
+    """Weights of encoder and decoder, and the FLOPs of encoding one image."""
+    from diffusers import AutoencoderKL
+
+    levels = 4
+    with FakeTensorMode():
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            latent_channels=4,
+        )
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            vae.encoder(torch.zeros(1, 3, 512, 512))
+    return count(vae.encoder), count(vae.decoder), counter.get_total_flops()
+
+
+def measure() -> dict[str, object]:
+    """All that the table is made of."""
+    found: dict[str, object] = {}
+    for checkpointing in (False, True):
+        with fake_networks(lambda: networks(checkpointing)) as built:  # noqa: B023
+            model = built.modules[0]
+            found["locked"], found["trained"] = count(model.unet), count(model.control)
+            found[f"saved, checkpointing {checkpointing}"] = saved_bytes(built)
+            if not checkpointing:
+                unet, control = flops(built.unet, 1), flops(built.control, 1)
+    encoder, decoder, encoding = first_stage()
+    found |= {"encoder": encoder, "decoder": decoder, "TFLOP, encoding": encoding / 1e12}
+    found |= {"TFLOP, U-Net": unet / 1e12, "TFLOP, ControlNet": control / 1e12}
+    return found
+
+
+def bytes_of(recipe: Recipe, found: dict[str, object]) -> dict[str, float]:
+    trained, locked = found["trained"], found["locked"]
+    stages = found["decoder"] * 4 + (0 if recipe.encoded else found["encoder"] * 2)
+    return {
+        "weights": 2 * locked + (4 + 2) * trained,  # autocast keeps a copy of the trained ones in bfloat16
+        "gradients": 4 * trained,
+        "optimizer": recipe.state_bytes * trained / recipe.ranks_of_zero,
+        "average": 4 * trained if recipe.average else 0,
+        "stages": stages + 2 * TEXT_ENCODER,
+        "activations": recipe.batch * found[f"saved, checkpointing {recipe.checkpointing}"],
+    }
+
+
+def table(found: dict[str, object]) -> str:
+    parts = ("weights", "gradients", "optimizer", "average", "stages", "activations")
+    lines = ["| recipe | " + " | ".join(parts) + " | GB in all |", "|" + " --- |" * (len(parts) + 2)]
+    for recipe in RECIPES:
+        sizes = bytes_of(recipe, found)
+        cells = [f"{sizes[part] / GB:.2f}" for part in parts]
+        lines.append(f"| {recipe.name} | " + " | ".join(cells) + f" | {sum(sizes.values()) / GB:.1f} |")
+    return "\n".join(lines)
+
+
+def share_of_encoded(found: dict[str, object]) -> float:
+    """FLOPs of a step on encoded shards over those of a step on images."""
+    # Forward: U-Net and ControlNet. Backward: both gradients of the ControlNet, that of the activations in the decoder,
+    # which is somewhat more than half of the U-Net.
+    decoder = 0.55 * found["TFLOP, U-Net"]
+    step = found["TFLOP, U-Net"] + (1 + BACKWARD) * found["TFLOP, ControlNet"] + decoder
+    return step / (step + found["TFLOP, encoding"])
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_memory", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="file for what was counted")
+    options = parser.parse_args(arguments)
+    found = measure()
+    print(table(found))
+    print(f"\nFLOPs of a step on encoded shards: {share_of_encoded(found):.2f} of one on images")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

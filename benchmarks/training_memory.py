@@ -1,9 +1,9 @@
 """Memory and FLOPs of a training step of SD 1.5's size by recipe: `python -m benchmarks.training_memory [--json FILE]`.
 
 Counted on fake tensors, without a device: 512x512, bfloat16, the U-Net locked. Weights (with autocast's copies),
-gradients, state of the optimizer, average, frozen stages, and what autograd keeps for the backward pass. Not counted: workspaces of single
-operations, the allocator's rounding, and the CUDA context, together 1 to 2 GB. The last line is what encoded shards
-(`python -m controlnet.encode`) save of the FLOPs of a step.
+gradients, state of the optimizer, average, frozen stages, and what autograd keeps for the backward pass. Not counted:
+workspaces of single operations, the allocator's rounding, and the CUDA context, together 1 to 2 GB. The last line is
+what encoded shards (`python -m controlnet.encode`) leave of the FLOPs of a step.
 """
 
 import argparse

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from controlnet.checkpoints.trained import trainable_tensors
 from controlnet.config import ConfigError, did_you_mean
@@ -63,6 +62,8 @@ def build_optimizer(
             raise ConfigError(f"optim.zero is true with optim.name={EIGHT_BIT}; expected one of the two")
         return _eight_bit()(trainable, **settings)
     if zero and ranks > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # its import compiles: seconds
+
         return ZeroRedundancyOptimizer(trainable, OPTIMIZERS[name], fused=True, **settings)
     return OPTIMIZERS[name](trainable, fused=True, **settings)
 
@@ -86,7 +87,7 @@ def update(optimizer: torch.optim.Optimizer, found_inf: Tensor, broke: Callable[
 
     An optimizer whose kernel does not read found_inf asks `broke` first, which waits.
     """
-    inner = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    inner = optimizer.optim if _is_shared(optimizer) else optimizer
     if getattr(inner, "_step_supports_amp_scaling", False):
         inner.found_inf = found_inf  # what GradScaler.step sets for a fused optimizer
         optimizer.step()
@@ -94,9 +95,14 @@ def update(optimizer: torch.optim.Optimizer, found_inf: Tensor, broke: Callable[
         optimizer.step()
 
 
+def _is_shared(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is a ZeroRedundancyOptimizer, whose module is imported only where one is made."""
+    return hasattr(optimizer, "consolidate_state_dict")
+
+
 def gather_state(optimizer: torch.optim.Optimizer) -> None:
     """Brings the state of all ranks' shares to rank 0, before its `state_dict`. Every rank must call it."""
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
+    if _is_shared(optimizer):
         optimizer.consolidate_state_dict(to=0)
 
 
@@ -104,7 +110,7 @@ def load_state(optimizer: torch.optim.Optimizer, state: Mapping[Any, Any]) -> No
     """Takes up the `state` of an optimizer's state_dict; its settings stay as they are."""
     groups = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
     optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
-    if isinstance(optimizer, ZeroRedundancyOptimizer):  # which puts the step counts on the CPU
+    if _is_shared(optimizer):  # which puts the step counts on the CPU
         for parameter, own in optimizer.optim.state.items():
             own["step"] = own["step"].to(parameter.device)
 

@@ -5,18 +5,16 @@ import pytest
 from tests.reliability.__main__ import FAILURES, subjects
 
 # Rounds in a test: minutes in a long run, seconds here.
-<<<<<<< HEAD
 ROUNDS = {
     "checkpoint_files": 1500,
     "checkpoint_names": 150,
     "configurations": 100,
+    "lives": 5,
     "manifests": 300,
     "pictures": 1500,
     "shards": 1500,
+    "signals": 4,
 }
-=======
-ROUNDS = {"manifests": 300, "signals": 4, "lives": 5, "pictures": 1500, "shards": 1500}
->>>>>>> ed540d6 (Campaigns: kill -9 while saving, damaged checkpoints, signals to a run, slopes of a long life)
 
 
 @pytest.mark.slow

@@ -150,7 +150,7 @@ class Data:
                 raise DataError(str(error).replace("data.train", "data.validation")) from error
 
         batches()  # an empty set is an error before the first step
-        return Validation(batches, int(every), limit, self.cfg.model.seed)
+        return Validation(batches, limit, self.cfg.model.seed)
 
 
 def _announce(trainer: Trainer) -> None:

@@ -24,6 +24,7 @@ from controlnet.model.controlled import ControlledUNet
 from controlnet.model.diffusion import DiffusionLoss, NoiseSchedule
 from controlnet.training import checkpoint, optim, placement
 from controlnet.training.agreement import Agreement
+from controlnet.training.arithmetic import accumulation, due, run_folder
 from controlnet.training.distributed import Stopped, StopRequest, World
 from controlnet.training.metrics import Reporter
 from controlnet.training.optim import ExponentialAverage, LearningRate
@@ -35,37 +36,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 logger = logging.getLogger(__name__)
-
-
-def accumulation(micro: int, global_batch: int | None, accumulate: int, ranks: int) -> int:
-    """Micro-batches in a step: global_batch / (micro * ranks), or `accumulate` when there is no global batch.
-
-    Raises ConfigError when they do not divide, or both are given and differ.
-    """
-    for name, value in (("model.micro_batch_size", micro), ("trainer.accumulate_grad_batches", accumulate)):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; expected 1 or more")
-    if global_batch is None:
-        return accumulate
-    if global_batch < 1 or global_batch % (micro * ranks):
-        raise ConfigError(
-            f"model.global_batch_size is {global_batch}; expected a multiple of {micro * ranks} ="
-            f" model.micro_batch_size {micro} x {ranks} ranks"
-        )
-    count = global_batch // (micro * ranks)
-    if accumulate not in (1, count):
-        raise ConfigError(
-            f"trainer.accumulate_grad_batches is {accumulate} but model.global_batch_size {global_batch} ="
-            f" {micro} x {ranks} ranks x {count}; leave one of them out"
-        )
-    return count
-
-
-def run_folder(exp_manager: Mapping[str, Any]) -> Path:
-    """Where a run keeps its metrics, samples and checkpoints."""
-    if exp_manager["explicit_log_dir"]:
-        return Path(exp_manager["explicit_log_dir"])
-    return Path(exp_manager["exp_dir"] or "runs") / (exp_manager["name"] or "controlnet")
 
 
 class Trainer:
@@ -174,47 +144,31 @@ class Trainer:
         """One step and what is due after it."""
         if self._over():
             return
-        step, epoch = self.step, self.loader.epoch
+        epoch = self.loader.epoch
         self.data_over = not self.train_step()
         # One rank knows of a signal by itself; several agree on it with the step's flags.
         alone = self.world.size == 1 and self.stop.requested
-        if not (alone or self.data_over or self._something_due(epoch)):
-            return
-        counted = self._settle() and self.step > step
         self.stopped = self.stopped or alone
-        if counted:
+        if (self._over() or self._something_due(epoch)) and self._settle():
             self._duties(epoch)
 
     def _something_due(self, epoch: int) -> bool:
         """Whether anything looks at the step that is not counted yet; `epoch` is that of its first batch."""
         step = self.step + 1
-        return step == self.max_steps or any(self._due(step, epoch).values())
-
-    def _due(self, step: int, epoch: int) -> dict[str, bool]:
-        """What follows step number `step`, by the intervals that the configuration gives."""
-        options, every = self.cfg.model.image_logger, self.cfg.exp_manager.checkpoint_callback_params
-        drawing = options.max_images > 0 and not options.disabled
-        of_epochs = every.every_n_epochs
-        return {
-            "report": _divides(self.cfg.trainer.log_every_n_steps, step),
-            "draw": drawing and ((options.log_first_step and step == 1) or _divides(options.batch_frequency, step)),
-            "validate": self.validation is not None and _divides(self.validation.every, step),
-            "save": _divides(every.every_n_train_steps, step)
-            or (of_epochs > 0 and self.loader.epoch // of_epochs > epoch // of_epochs),
-        }
+        return step == self.max_steps or any(due(self.cfg, step, epoch, self.loader.epoch).values())
 
     def _duties(self, epoch: int) -> None:
-        due = self._due(self.step, epoch)
-        if due["report"]:
+        follows = due(self.cfg, self.step, epoch, self.loader.epoch)
+        if follows["report"]:
             self._report()
         for name, work in (("validate", self._validate), ("draw", self._draw_samples)):
-            if due[name] and not self.stopped:
+            if follows[name] and not self.stopped:
                 try:
                     with self.reporter.pause():
                         work()
                 except Stopped:
                     self.stopped = True
-        if due["save"]:
+        if follows["save"]:
             self.save()
 
     def _endless_batches(self) -> Iterator[Mapping[str, Any] | None]:
@@ -350,6 +304,8 @@ class Trainer:
         return self.average.swapped_in() if averaged else contextlib.nullcontext()
 
     def _validate(self) -> None:
+        if self.validation is None:
+            return
         with self._averaged(), self.autocast():
             loss = self.validation.loss(self.model, self.conditioning, self.schedule, self.world, self.stop)
         self.reporter.value(self.step, "validation_loss", loss)
@@ -496,7 +452,3 @@ class Trainer:
         if ranks != self.world.size:
             return None
         return self.load_rank_state_dict(checkpoint.read(path / f"rng-rank{self.world.rank}.pt", torch.device("cpu")))
-
-
-def _divides(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0

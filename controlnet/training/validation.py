@@ -89,15 +89,12 @@ class Validation:
 
     Args:
         make_batches: () -> the set's batches of this rank, from its first one, as many on every rank.
-        every: steps between measurements.
         batches: at most so many of each rank; None for all.
         seed: of the noise and the timesteps, with the rank.
     """
 
-    def __init__(
-        self, make_batches: Callable[[], Iterable[Mapping[str, Any]]], every: int, batches: int | None, seed: int
-    ):
-        self.make_batches, self.every, self.batches, self.seed = make_batches, every, batches, seed
+    def __init__(self, make_batches: Callable[[], Iterable[Mapping[str, Any]]], batches: int | None, seed: int):
+        self.make_batches, self.batches, self.seed = make_batches, batches, seed
 
     @torch.no_grad()
     def loss(

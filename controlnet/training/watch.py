@@ -65,7 +65,8 @@ class RankWatch:
         causes = [cause for cause in found if cause is not None]
         for rank in others:
             if not causes and after[rank]["count"] == before[rank]["count"]:
-                causes.append(f"rank {rank} has ended without a word (killed, or out of memory) in {after[rank]['at']}")
+                last = f"last heard of in {after[rank]['at']}"
+                causes.append(f"rank {rank} has ended without a word (killed, or out of memory), {last}")
         if not causes and timed_out:
             causes = [f"rank {rank} is in {after[rank]['at']} for {after[rank]['for']} s" for rank in others]
             causes.append(f"this rank, {self.rank}, is in {self._at}")

@@ -2,14 +2,14 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from cnkernels import check
-from cnkernels.tune import missing, record, tune
+from cnkernels.tune import Call, missing, record, tune
 
 logger = logging.getLogger(__name__)
 
@@ -17,30 +17,42 @@ logger = logging.getLogger(__name__)
 def at_first_call(model: nn.Module, call: Callable[..., Any] | None = None) -> None:
     """Makes the next call of the model record the ops that it calls, check and measure them, and then go on.
 
-    What was checked and measured on this machine before is not so again: then the call costs one more forward pass. A
-    call inside a compiler or a CUDA graph that is being captured is left alone, and the one after it is the first.
+    What was checked and measured on this machine before is not so again: then it costs one more forward pass. A call
+    inside a compiler or a CUDA graph that is being captured is left alone, and the one after it counts as the next.
 
     Args:
-        model: gets a hook, which removes itself.
-        call: computes one step with the hook's (args, kwargs); by default the model's forward.
+        model: gets a forward pre-hook, which removes itself; `never` removes it before.
+        call: call(model, *args, **kwargs) computes what is recorded; by default it calls the model.
     """
+    never(model)
+    model.register_forward_pre_hook(_FirstCall(call), with_kwargs=True, prepend=True)
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+
+def never(model: nn.Module) -> None:
+    """Undoes `at_first_call` for a model that was not called yet."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, _FirstCall):
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+class _FirstCall:
+    def __init__(self, call: Callable[..., Any] | None):
+        self.call = call
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
         capturing = any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing()
         if torch.compiler.is_compiling() or capturing or not tensors:
             return
-        handle.remove()
-        training = torch.is_grad_enabled()
-        with record(training) as calls, torch.random.fork_rng():
-            (call or module.forward)(*args, **kwargs)
+        never(model)
+        with record(training=torch.is_grad_enabled()) as calls, torch.random.fork_rng():
+            (self.call or nn.Module.__call__)(model, *args, **kwargs)
         for_calls(calls, tensors[0].device)
 
-    handle = model.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
 
-
-def for_calls(calls: list, device: torch.device) -> None:
-    """Checks and measures what is missing for these calls; one line of progress, and one at the end."""
+def for_calls(calls: Sequence[Call], device: torch.device) -> None:
+    """Checks and measures what is missing for these calls, with one line of progress and one at the end."""
     for trial, fault in check.ensure({c.op for c in calls}, {c.first.dtype for c in calls}, device):
         logger.warning("%s is wrong on this machine and will not be used: %s", trial.label, fault)
     todo = missing(calls, device)
@@ -49,7 +61,7 @@ def for_calls(calls: list, device: torch.device) -> None:
         logger.info("measured %d kinds of call for this model; %d were known", len(todo), len(calls) - len(todo))
 
 
-def _progress(done: int, count: int, call: object) -> None:
+def _progress(done: int, count: int, call: Call) -> None:
     if sys.stderr.isatty():
         end = "\n" if done + 1 == count else ""
         print(f"\r\033[Kmeasuring kernels {done + 1}/{count}", end=end, file=sys.stderr, flush=True)

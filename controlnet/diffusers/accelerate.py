@@ -11,6 +11,7 @@ import torch
 from diffusers.loaders import peft
 from torch import nn
 
+from cnkernels.tune import first_call
 from controlnet.diffusers import blocks, exits, memo
 from controlnet.diffusers.layers import Shared
 from controlnet.inference.graph import CudaRecorder, Recorder
@@ -32,7 +33,12 @@ _WRITERS = (
 
 
 def accelerate(
-    target: Target, *, graph: bool = False, channels_last: bool = True, recorder: Recorder | None = None
+    target: Target,
+    *,
+    graph: bool = False,
+    tune: bool = False,
+    channels_last: bool = True,
+    recorder: Recorder | None = None,
 ) -> Target:
     """Makes a diffusers pipeline or model compute by fused kernels, in place; the weights stay the same tensors.
 
@@ -53,6 +59,8 @@ def accelerate(
             one of UNet2DConditionModel, ControlNetModel, MultiControlNetModel and AutoencoderKL; compiled ones too.
         graph: run inference steps as CUDA graphs. Another size, dtype, LoRA or change of a module captures again;
             timestep, scales, prompt and hint are copied. Elsewhere than on a GPU, and with gradients, calls are eager.
+        tune: at the first image, check the kernels and measure which are fastest for its shapes (`cnkernels.tune`),
+            in seconds; what is known of this machine is not measured again. Compiled models are left alone.
         channels_last: convert the convolutions' weights to channels_last, with the same values. Without it the kernels
             serve all the same, and each convolution on a GPU converts at every call. False is for code that flattens
             parameters with `view`, such as torch.nn.utils.parameters_to_vector.
@@ -80,6 +88,10 @@ def accelerate(
     _make_writers_forget()
     for model in models:
         _swap(model, channels_last)
+    if tune:
+        for model in models:
+            if not isinstance(model, diffusers.AutoencoderKL):  # whose forward nobody calls
+                first_call.at_first_call(model, _call_without_graph)
     if graph:
         recorder = CudaRecorder() if recorder is None else recorder
         for model in models:
@@ -91,6 +103,7 @@ def accelerate(
 def restore(target: Target) -> Target:
     """Undoes `accelerate`: classes, forwards and memory formats are as before. Returns `target`."""
     for model in _models(target):
+        first_call.never(model)
         for name in ("forward", "_old_forward"):
             if isinstance(model.__dict__.get(name), exits.Stepper):
                 model.__dict__.pop(name).graph.reset()
@@ -109,6 +122,18 @@ def restore(target: Target) -> Target:
                 for table in (*tables, model._forward_hooks_always_called):
                     table.pop(key, None)
     return target
+
+
+def _call_without_graph(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The model's output, computed eagerly where its forward is a graph's."""
+    graph = model.__dict__.get("forward")
+    if not isinstance(graph, exits.Stepper):
+        return nn.Module.__call__(model, *args, **kwargs)
+    del model.__dict__["forward"]
+    try:
+        return nn.Module.__call__(model, *args, **kwargs)
+    finally:
+        model.__dict__["forward"] = graph
 
 
 def _models(target: Any) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import pickle
 import time
 
 import pytest
@@ -12,7 +13,7 @@ from cnkernels import cache, dispatch, findings, machine, tuning
 from cnkernels.geglu import reference
 from cnkernels.tune import __main__ as command
 from cnkernels.tune import missing, of_model, record, tune
-from cnkernels.tune.first_call import at_first_call
+from cnkernels.tune.first_call import at_first_call, never
 from tests.cnkernels.test_check import own_cache  # noqa: F401  (a fixture)
 
 CPU = torch.device("cpu")
@@ -198,6 +199,10 @@ def test_tune_at_the_first_call_checks_and_measures_once(own_cache):  # noqa: F8
     kept = cache.read(machine.identity(CPU))
     assert sorted(kept["checked"]["kernels"]) == [["geglu", "aten", "float32"], ["geglu", "reference", "float32"]]
     assert [entry["direction"] for entry in kept["choices"]["geglu"]] == ["forward"]
+    assert not model._forward_pre_hooks
+    at_first_call(model)
+    assert len(pickle.loads(pickle.dumps(model))._forward_pre_hooks) == 1
+    never(model)
     assert not model._forward_pre_hooks
     at_first_call(model)  # for training: the gradients are missing
     model(x)

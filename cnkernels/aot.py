@@ -3,7 +3,7 @@
 Each op's `triton_kernels.aot_cases()` names its kernels as Stable Diffusion 1.5 launches them: their types, constants
 and warps. They are compiled for one GPU of each generation, and the machine code is read back: registers, spills,
 shared memory, 16-byte loads, whether the products run on that generation's matrix units, and whether a Python float was
-taken for float64.
+taken for float64. `loop` is the number of instructions in one turn of the inner loop of a warp.
 """
 
 import argparse
@@ -13,11 +13,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from cnkernels import aot_sass
 from cnkernels.aot_case import AotCase
 from cnkernels.dispatch import OPS
 
@@ -55,6 +56,7 @@ class Compiled:
     doubles: int  # instructions that compute in float64
     matrix_units: tuple[str, ...]
     wants_matrix_units: bool
+    loop: Mapping[str, int]  # instructions of the inner loop by pipe; empty where there is none
 
     @property
     def faults(self) -> list[str]:
@@ -74,11 +76,14 @@ class Compiled:
         units = "+".join(self.matrix_units) or "-"
         return (
             f"sm_{self.arch:<4}{self.case:<58}{self.warps:>6}{self.registers:>6}{self.spills:>7}{self.shared:>9}"
-            f"{f'{self.wide_loads}/{self.loads}':>10}  {units:<10}{'; '.join(self.faults)}".rstrip()
+            f"{f'{self.wide_loads}/{self.loads}':>10}{sum(self.loop.values()):>6}  {units:<10}{'; '.join(self.faults)}".rstrip()
         )
 
 
-HEADER = f"{'arch':<7}{'kernel and shape':<58}{'warps':>6}{'regs':>6}{'spills':>7}{'shared':>9}{'16B/loads':>10}  unit"
+HEADER = (
+    f"{'arch':<7}{'kernel and shape':<58}{'warps':>6}{'regs':>6}{'spills':>7}{'shared':>9}{'16B/loads':>10}{'loop':>6}"
+    "  unit"
+)
 
 
 def cases(op: str, arch: int) -> list[AotCase]:
@@ -112,8 +117,8 @@ def _read(case: AotCase, arch: int, cubin: bytes, shared: int) -> Compiled:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
         usage = _tool("cuobjdump", "-res-usage", str(path))
-        code = _tool("nvdisasm", "-c", str(path))
-    opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", code, re.MULTILINE)
+        code = aot_sass.instructions(_tool("cuobjdump", "-sass", str(path)))
+    opcodes = [instruction.opcode for instruction in code]
     loads = [op for op in opcodes if op.startswith(("LDG", "LDGSTS", "UTMALDG"))]
     return Compiled(
         case=case.name,
@@ -127,6 +132,7 @@ def _read(case: AotCase, arch: int, cubin: bytes, shared: int) -> Compiled:
         doubles=sum(op.startswith(_DOUBLES) or ".F64" in op for op in opcodes),
         matrix_units=tuple(unit for unit in _MATRIX_UNITS if any(op.partition(".")[0] == unit for op in opcodes)),
         wants_matrix_units=case.uses_matrix_units,
+        loop=dict(aot_sass.count(aot_sass.hot_loop(code))),
     )
 
 

@@ -69,17 +69,25 @@ def innermost_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
 
 
 def hot_loop(code: Sequence[Instruction]) -> list[Instruction]:
-    """The innermost loop with the most products, else with the most accesses of global memory, else with the most MUFU.
+    """The innermost loop with the most products, else that moves the most bytes of global memory, else the most MUFU.
 
     Of loops with equally many of all three the shortest: a loop over what remains at the edges takes more instructions
     for the same work. Empty where there is no loop.
     """
 
     def work(loop):
-        pipes, accesses = count(loop), sum(i.opcode.startswith(("LDG", "STG", "UTMALDG")) for i in loop)
-        return pipes["tensor"], accesses, pipes["mufu"], -len(loop)
+        pipes = count(loop)
+        return pipes["tensor"], sum(map(_global_bytes, loop)), pipes["mufu"], -len(loop)
 
     return max(innermost_loops(code), key=work, default=[])
+
+
+def _global_bytes(instruction: Instruction) -> int:
+    """What a thread moves between global memory and elsewhere."""
+    if not instruction.opcode.startswith(("LDG", "STG")):
+        return 0
+    width = re.search(r"\.[US]?(8|16|64|128)\b", instruction.opcode)
+    return int(width[1]) // 8 if width else 4
 
 
 def count(code: Sequence[Instruction]) -> Counter:

@@ -22,6 +22,7 @@ from tests.cnkernels import host_build
 
 BUILD = host_build.csrc_build()
 ARCHS = {"80": "80", "86": "80", "89": "80", "90a": "90a", "100": "90", "120": "90"}  # machine code: from this PTX
+READ = ("80", "89", "90a", "120")  # whose machine code is read, too
 STATIC_LIMIT = 48 * 1024
 SMALL_GPU_LIMIT = 99 * 1024  # dynamic, of sm_86, sm_89 and sm_120, where the portable kernels are to run too
 
@@ -42,7 +43,7 @@ class Kernel:
     stack: int
     spills: int  # bytes stored and loaded
     static_shared: int
-    sass: str
+    sass: str  # empty where it is not read
 
 
 def compile_source(source: Path, folder: Path) -> list[Kernel]:
@@ -57,7 +58,8 @@ def compile_source(source: Path, folder: Path) -> list[Kernel]:
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, BUILD.first_error(done.stdout + done.stderr)
         log.write_text(done.stdout + done.stderr)
-        sass.write_text(subprocess.run([cuobjdump(), "-sass", fatbin], capture_output=True, text=True).stdout)
+        disassemble = [[cuobjdump(), "-sass", "-arch", f"sm_{arch}", fatbin] for arch in READ]
+        sass.write_text("".join(subprocess.run(d, capture_output=True, text=True).stdout for d in disassemble))
     return list(parse(log.read_text(), sass.read_text()))
 
 
@@ -79,7 +81,7 @@ def parse(log: str, sass: str):
             figure(r"(\d+) bytes stack frame"),
             figure(r"(\d+) bytes spill"),
             figure(r"(\d+) bytes smem"),
-            code[arch, name],
+            code.get((arch, name), ""),
         )
 
 
@@ -103,7 +105,7 @@ def faults(kernel: Kernel) -> list[str]:
         found.append(f"has {kernel.stack} bytes of local memory")
     if kernel.static_shared > STATIC_LIMIT:
         found.append(f"takes {kernel.static_shared} bytes of static shared memory")
-    if "_cluster_kernel" in name and ARCHS[kernel.arch] == "80":
+    if not kernel.sass or ("_cluster_kernel" in name and ARCHS[kernel.arch] == "80"):
         return found  # no clusters before sm_90: an empty body
     half = "f16E" in name  # of bf16 too
     multiplies = re.search(r"attention_(fwd|bwd_d)|zero_conv_add_(fwd|bwd_dx|bwd_dweight)_kernel", name)
@@ -140,7 +142,7 @@ def test_every_kernel_is_there(kernels):
 
 def test_the_rules_see_a_fault(kernels):
     """Each rule, on a kernel doctored to break it."""
-    good = next(k for k in kernels if "attention_fwd" in k.name)
+    good = next(k for k in kernels if k.sass and "attention_fwd" in k.name)
     assert not faults(good)
     doctored = {
         "spills 8 bytes": {"spills": 8},
@@ -151,7 +153,7 @@ def test_the_rules_see_a_fault(kernels):
     }
     for fault, change in doctored.items():
         assert fault in faults(Kernel(**{**vars(good), **change}))
-    apply = next(k for k in kernels if "fwd_apply_kernel" in k.name and "Li8E" in k.name)
+    apply = next(k for k in kernels if k.sass and "fwd_apply_kernel" in k.name and "Li8E" in k.name)
     narrow = re.sub(r"(LDG|STG)\.E\S*", r"\1.E.U16", apply.sass)
     found = faults(Kernel(**{**vars(apply), "sass": narrow}))
     assert found == ["loads in less than 16 bytes", "stores in less than 16 bytes"]
@@ -169,8 +171,8 @@ class Bound:
 
 
 _F16 = r"3f16E"
-# What a unit cannot do without, and some 15 % for addresses, barriers and the loop: at D = 40 a warp's 16 rows x 64 keys
-# are 44 HMMA, 34 MUFU, 66 FFMA and FADD, 36 FMNMX, 20 FMUL, 16 conversions and 15 to 27 LDSM; the prototype took 298.
+# What a unit cannot do without, and some 15 % for addresses, barriers and the loop: at D = 40 a warp's 16 rows x 64
+# keys are 44 HMMA, 34 MUFU, 66 FFMA and FADD, 36 FMNMX, 20 FMUL, 16 conversions and 15 to 27 LDSM.
 BOUNDS = {
     "attention forward 40": Bound(rf"attention_fwd_kernel.*Head.*{_F16}Li40ELi4ELi2E", 2, 320, tensor=88, mufu=68),
     "attention forward 64": Bound(rf"attention_fwd_kernel.*Head.*{_F16}Li64ELi4ELi2E", 2, 340, tensor=128, mufu=68),
@@ -195,7 +197,8 @@ def excess(kernel: Kernel, bound: Bound) -> list[str]:
     """What of the kernel's inner loop is over the bound, in words."""
     loop = aot_sass.hot_loop(aot_sass.instructions(kernel.sass))
     pipes, found = aot_sass.count(loop), []
-    if len(loop) > bound.most * bound.units:
+    most = bound.most * (1.06 if kernel.arch == "120" else 1.0)  # where the assembler puts NOPs among the products
+    if len(loop) > most * bound.units:
         found.append(f"{len(loop) / bound.units:.1f} instructions a unit, the bound is {bound.most}")
     if pipes["tensor"] != bound.tensor:
         found.append(f"{pipes['tensor']} HMMA, not {bound.tensor}")
@@ -207,26 +210,22 @@ def excess(kernel: Kernel, bound: Bound) -> list[str]:
 @pytest.mark.parametrize("name", BOUNDS)
 def test_an_inner_loop_is_lean(kernels, name):
     bound = BOUNDS[name]
-    bounded = [k for k in kernels if re.search(bound.kernel, k.name)]
-    assert {k.arch for k in bounded} == set(ARCHS)
+    bounded = [k for k in kernels if k.sass and re.search(bound.kernel, k.name)]
+    assert {k.arch for k in bounded} == set(READ)
     over = {f"sm_{k.arch} {k.name}": excess(k, bound) for k in bounded if excess(k, bound)}
     assert not over, "\n".join(f"{kernel}: {', '.join(what)}" for kernel, what in over.items())
 
 
 def test_the_bounds_see_an_excess(kernels):
-    """Twenty more instructions for every product, as many as a tile's addresses once took."""
+    """A hundred instructions more in the loop, as the addresses of a few copies once took; products too many or few."""
     bound = BOUNDS["attention forward 40"]
-    kernel = next(k for k in kernels if re.search(bound.kernel, k.name))
-    at = kernel.sass.index("HMMA", kernel.sass.rindex("LDGSTS", 0, kernel.sass.rindex("HMMA")))
-    line = kernel.sass.rindex("\n", 0, at)
+    kernel = next(k for k in kernels if k.sass and re.search(bound.kernel, k.name))
     assert not excess(kernel, bound)
-    loop = aot_sass.hot_loop(aot_sass.instructions(kernel.sass))
-    address = f"{loop[1].address:04x}"
-    padding = "".join(f"\n        /*{address}*/                   IADD3 R1, R1, R1, RZ ;" for _ in range(100))
-    padded = replace(kernel, sass=kernel.sass[:line] + padding + kernel.sass[line:])
-    assert any("instructions a unit" in what for what in excess(padded, bound))
-    fewer = replace(bound, tensor=96, mufu=60)
-    assert len(excess(kernel, fewer)) == 2
+    address = f"/*{aot_sass.hot_loop(aot_sass.instructions(kernel.sass))[1].address:04x}*/"
+    place = kernel.sass.index("\n", kernel.sass.index(address))
+    padded = kernel.sass[:place] + f"\n        {address} IADD3 R1, R1, R1, RZ ;" * 100 + kernel.sass[place:]
+    assert "instructions a unit, the bound is" in excess(replace(kernel, sass=padded), bound)[0]
+    assert len(excess(kernel, replace(bound, tensor=96, mufu=60))) == 2
 
 
 @pytest.mark.skipif(host_build.COMPILER is None, reason="needs a C++ compiler")

@@ -52,6 +52,7 @@ class Member(NamedTuple):
         size: of its bytes; they may end past the end of a file that was cut.
         regular: a plain file whose bytes stand there as they are; not a folder, link, device or sparse file.
         sparse: a file with holes, whose bytes there are not its content.
+        link: a symbolic or hard link, whose bytes are elsewhere.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Member(NamedTuple):
     size: int
     regular: bool
     sparse: bool
+    link: bool = False
 
 
 def compression(start: bytes) -> str | None:
@@ -173,7 +175,8 @@ def _member(
                 raise TarDamage("it ends inside a header")
             more, at = block[offset_of_flag], at + BLOCK
     name = extended.get("GNU.sparse.name", extended.get("path", header.name))
-    member = Member(name, at, size, header.isreg() and not sparse, sparse)
+    link = header.type in (tarfile.LNKTYPE, tarfile.SYMTYPE)
+    member = Member(name, at, size, header.isreg() and not sparse, sparse, link)
     return member, at if header.type in _WITHOUT_DATA else at + _blocks(size)
 
 

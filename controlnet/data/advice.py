@@ -15,6 +15,7 @@ _CURES = {
     "format not read": "Convert to JPEG, PNG or WebP",
     "key in two places": "The members of a sample must stand next to each other: write the tar with tar --sort=name",
     "duplicate member": "A sample has one image, one caption and one hint",
+    "member is a link": "Write the tar with tar -h --hard-dereference, which stores what links point to",
     "shard compressed": "Samples are read by their place in the file, so a shard must not be compressed: decompress it",
     "shard damaged": "Write the shard anew; `python -m controlnet.shards --check` says what is left of it",
     "caption not UTF-8": "Save captions as UTF-8",

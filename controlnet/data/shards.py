@@ -27,6 +27,7 @@ class DataError(ValueError):
 
 
 GIT_LFS = b"version https://git-lfs"  # what a clone without its large files has in their place
+_LINK = -1  # in place of an offset
 Stamp = tuple[int, int, int, int]  # what tells a file from another that takes its name: device, inode, size, mtime
 
 
@@ -297,6 +298,9 @@ def _fault(members: list[tuple[str, str, int, int]], roles: Mapping[str, str], s
     missing = [role for role in dict.fromkeys(roles.values()) if role not in found]
     if missing:
         return f"missing {missing[0]}", ""
+    linked = [extension for _, extension, at, _ in members if at == _LINK]
+    if linked:
+        return "member is a link", f".{linked[0]}"
     if any(at + length > size for _, _, at, length in members):
         return "member cut short", ""
     return None
@@ -316,8 +320,9 @@ def _read_headers(path: str) -> tuple[list[tuple[str, str, int, int]], Drop | No
             for member in tar.members(file):
                 folder, slash, name = member.name.rpartition("/")
                 stem, dot, extension = name.partition(".")
-                if stem and dot and member.regular:
-                    headers.append((folder + slash + stem, extension.lower(), member.offset, member.size))
+                if stem and dot and (member.regular or member.link):
+                    at = member.offset if member.regular else _LINK
+                    headers.append((folder + slash + stem, extension.lower(), at, member.size))
     except OSError as error:
         return headers, _unreadable(path, error)
     except tar.TarDamage as damage:

@@ -214,11 +214,13 @@ def _of_tars(tars: Sequence[str], wanted: Wanted) -> Listing:
     listing = Listing([], [])
     in_tar = not wanted.computed and wanted.hints is None
     roles = _TAR_ROLES_WITH_HINT if in_tar else _TAR_ROLES
-    if wanted.caption is not None:
-        roles = tuple(pair for pair in roles if pair[1] != "caption")
-    ignored = ("json", "cls", "parquet", *(["txt"] if wanted.caption is not None else []))
+    ignored = ("json", "cls", "parquet")
     for tar in tars:
         index = index_shard(tar, roles, ignored)
+        captions = {sample.key: Ref(tar, *sample.members["caption"]) for sample in index.samples}
+        if wanted.caption is not None:  # samples without a caption are whole, too
+            without = tuple(pair for pair in roles if pair[1] != "caption")
+            index = index_shard(tar, without, (*ignored, "txt"))
         listing.drops.extend(index.drops)
         for sample in index.samples:
             refs = {role: Ref(tar, *place) for role, place in sample.members.items()}
@@ -226,5 +228,6 @@ def _of_tars(tars: Sequence[str], wanted: Wanted) -> Listing:
             if hint is None and not wanted.computed:
                 listing.drops.append(Drop("no hint", tar, sample.key))
                 continue
-            listing.items.append(Item(sample.key, refs["image"], refs.get("caption", wanted.caption), hint or None))
+            caption = captions.get(sample.key, wanted.caption)
+            listing.items.append(Item(sample.key, refs["image"], caption, hint or None))
     return listing

@@ -200,14 +200,19 @@ def test_ignored_extensions_may_be_there(tmp_path):
     assert found.drops == []
 
 
-def test_a_link_is_not_a_member(tmp_path):
+@pytest.mark.parametrize(("kind", "target"), [(tarfile.SYMTYPE, "/etc/hostname"), (tarfile.LNKTYPE, "a.jpg")])
+def test_a_link_is_followed_nowhere_and_said_to_be_one(tmp_path, kind, target):
     path = tmp_path / "a.tar"
     write_tar(path, [("a.jpg", A["jpg"]), ("a.txt", A["txt"])])
     with tarfile.open(path, "a") as archive:
         link = tarfile.TarInfo("a.png")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        link.type, link.linkname = kind, target
         archive.addfile(link)
-    assert reasons(path) == [("missing hint", "a")]
+        folder = tarfile.TarInfo("a.old")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    (drop,) = index(path).drops
+    assert (drop.reason, drop.key, drop.detail) == ("member is a link", "a", ".png")
 
 
 def boundaries(path):

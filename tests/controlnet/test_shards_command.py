@@ -131,6 +131,18 @@ class TestSources:
         assert keys == captions == ["000000000", "000000001", "000010000", "000010001"]
         assert set(np.unique(hints)) == {0, 255}
 
+    def test_tars_with_hints_and_some_captions(self, tmp_path, capsys):
+        files = [("a.jpg", jpeg(picture(1))), ("a.txt", b"a red house"), ("a.png", png(picture(1)))]
+        files += [("b.jpg", jpeg(picture(2))), ("b.png", png(picture(2)))]
+        (tmp_path / "tars").mkdir()
+        write_tar(tmp_path / "tars" / "0.tar", files)
+        assert run(capsys, tmp_path / "tars", tmp_path / "one")[0] == 0
+        assert load(tmp_path / "one")[:2] == (["a"], ["a red house"])
+        assert run(capsys, tmp_path / "tars", tmp_path / "two", "--caption", "a picture")[0] == 0
+        keys, captions, hints = load(tmp_path / "two")
+        assert (keys, captions) == (["a", "b"], ["a red house", "a picture"])
+        assert (hints == np.stack([picture(1), picture(2)])).all()
+
     def test_images_in_every_format_that_is_read_and_a_caption_for_all(self, tmp_path, capsys):
         for number, image_format in enumerate(("JPEG", "PNG", "WEBP")):
             (tmp_path / "images").mkdir(exist_ok=True)

@@ -10,6 +10,7 @@ import os
 import pickle
 import shlex
 import shutil
+import signal
 import subprocess
 import tarfile
 import tempfile
@@ -168,7 +169,7 @@ def write(folder: str, items: Sequence[Item], making: Making, size: int, workers
     os.makedirs(folder, exist_ok=True)
     journal = os.path.join(folder, JOURNAL)
     done = _read_journal(journal, _fingerprint(items, making, size))
-    pool = ProcessPoolExecutor(workers) if workers else contextlib.nullcontext()
+    pool = ProcessPoolExecutor(workers, initializer=_leave_interrupts) if workers else contextlib.nullcontext()
     with pool as processes:
         for number, start in enumerate(range(0, len(items), size)):
             name = f"{number:05d}.tar"
@@ -180,6 +181,11 @@ def write(folder: str, items: Sequence[Item], making: Making, size: int, workers
                 written = _write_shard(path, part, mapped(make, part, [making] * len(part)))
                 _append(journal, {**written._asdict(), "drops": [list(drop) for drop in written.drops]})
             yield written
+
+
+def _leave_interrupts() -> None:
+    """Ctrl-C reaches every process of the terminal; the one that writes answers it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _write_shard(path: str, items: Sequence[Item], made: Iterable[dict[str, bytes] | Drop]) -> Written:

@@ -52,7 +52,7 @@ def build_model(config: Mapping[str, Any], *, weights: bool = True) -> Controlle
     control = instantiate(_without_weights(config, "control_stage_config"))
     check_copy(unet.arch, control.arch)
     if weights:
-        _load_weights(unet, control, config)
+        load_weights(unet, control, config)
     model = ControlledUNet(unet, control, sd_locked=config["sd_locked"], only_mid_control=config["only_mid_control"])
     return model.to(memory_format=torch.channels_last) if config["channels_last"] else model
 
@@ -170,7 +170,12 @@ def _without_weights(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in node.items() if name not in ours}
 
 
-def _load_weights(unet: UNet, control: ControlNet, config: Mapping[str, Any]) -> None:
+def load_weights(unet: UNet, control: ControlNet, config: Mapping[str, Any]) -> None:
+    """Loads what a configuration names into models that `build_model` built without.
+
+    Whoever builds the conditioning in between hears of stages that do not fit before gigabytes are read.
+    Raises as `build_model`.
+    """
     ours, theirs = config["unet_config"], config["control_stage_config"]
     path = config["ckpt_path"]
     parts = checkpoints.parts(path) if path else ()

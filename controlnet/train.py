@@ -88,8 +88,9 @@ def prepare(cfg: DictConfig, world: World, stop: StopRequest) -> Trainer:
     if torch.are_deterministic_algorithms_enabled() != cfg.trainer.deterministic:  # the call imports all of Inductor
         torch.use_deterministic_algorithms(cfg.trainer.deterministic)
     torch.manual_seed(cfg.model.seed)  # equal initial weights on all ranks
-    model = build.build_model(cfg.model)
+    model = build.build_model(cfg.model, weights=False)
     conditioning = build.build_conditioning(cfg.model, precision=cfg.trainer.precision)
+    build.load_weights(model.unet, model.control, cfg.model)  # last: what does not fit is said before
     check_ranks(world, cfg, model)
     torch.manual_seed(cfg.model.seed + world.rank)  # from here on ranks differ, in dropout too
     limit = cfg.exp_manager.max_time_per_run

@@ -126,8 +126,8 @@ def transfer(
         tensor + (to_base's - from_base's)    for each tensor that the ControlNet has from its base; others stay
 
     Args:
-        control: a checkpoint with a ControlNet, also one stored as a difference to from_base. A U-Net beside it is moved to the new base the same way, and VAE and
-            text encoder beside it are replaced by those of to_base.
+        control: a checkpoint with a ControlNet, also one stored as a difference to from_base. A U-Net beside it is
+            moved to the new base the same way, and VAE and text encoder beside it are replaced by those of to_base.
         from_base, to_base: checkpoints with the U-Net it was trained on, and the one it is to work with.
         dst, format: where and how to write the result; nowhere by default.
         params: as `load`'s, for all three.

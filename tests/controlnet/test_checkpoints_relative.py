@@ -42,6 +42,17 @@ def test_a_difference_is_refused_by_name_and_added_to_its_base(tmp_path, models,
         controlnet.load(source, base=tmp_path / "x.safetensors")
 
 
+def test_a_difference_is_transferred_from_its_base_to_another(tmp_path, models):
+    control, base = models
+    source = save(difference(control, base) | {"difference": torch.ones(1)}, tmp_path / "d.safetensors")
+    other = state(formats.unet(seed=9))
+    new = save({PREFIXES["unet"] + name: tensor for name, tensor in other.items()}, tmp_path / "new.safetensors")
+    found = controlnet.transfer(source, tmp_path / "base.safetensors", new).control.state_dict()
+    for name, tensor in control.items():
+        want = tensor - base[name] + other[name] if name in base else tensor
+        formats.twins.assert_same(found[name], want, 1e-6)
+
+
 def control_lora(control, base, rank=3):
     """As Control-LoRAs are published: factors of the changed weights, all else of the ControlNet's own in full."""
     generator = torch.Generator().manual_seed(5)

@@ -18,14 +18,23 @@ from cnkernels import recompute
 from cnkernels.recompute import Later
 from controlnet.diffusers import checks, exits, layers, memo
 
+_CONV = (nn.Conv2d, (nn.Conv2d, "_conv_forward"))
+_ATTENTION = (
+    nn.Linear,
+    attention_processor.Attention,
+    (F, "scaled_dot_product_attention"),
+    *((processor, "__call__") for processor in checks.PROCESSORS),
+)
+
 
 class Block:
     """What all have: `_strange` says why the block, or this call of it, is diffusers' to compute."""
 
-    CHILDREN: tuple[tuple[str, type[nn.Module]], ...] = ()
+    SOURCES: list[tuple[Any, str, Any]] = []  # what the forward stands for
+    CHILDREN: tuple[tuple[str, type[nn.Module]], ...] = ()  # whose calls it leaves out
 
     def _strange(self, call: str | None = None) -> str | None:
-        reason = call or checks.patched() or checks.strange(self, self.CHILDREN)
+        reason = call or checks.replaced(self.SOURCES) or checks.strange(self, self.CHILDREN)
         if reason is not None:
             checks.warn(self, reason)
         return reason
@@ -35,6 +44,7 @@ class Block:
 
 
 class ResnetBlock2D(Block, resnet.ResnetBlock2D):
+    SOURCES = checks.sources(resnet.ResnetBlock2D, nn.GroupNorm, nn.SiLU, nn.Linear, *_CONV)
     CHILDREN = (("norm1", nn.GroupNorm), ("norm2", nn.GroupNorm), ("nonlinearity", nn.SiLU))
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -73,6 +83,8 @@ class ResnetBlock2D(Block, resnet.ResnetBlock2D):
 
 
 class Attention(Block, attention_processor.Attention):
+    SOURCES = checks.sources(nn.GroupNorm, *_ATTENTION)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -150,6 +162,8 @@ class Attention(Block, attention_processor.Attention):
 
 
 class GEGLU(Block, activations.GEGLU):
+    SOURCES = checks.sources(activations.GEGLU, nn.Linear)
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or checks.watched() or self._strange():
             return super().forward(hidden_states, *args, **kwargs)
@@ -157,6 +171,9 @@ class GEGLU(Block, activations.GEGLU):
 
 
 class BasicTransformerBlock(Block, attention.BasicTransformerBlock):
+    SOURCES = checks.sources(
+        attention.BasicTransformerBlock, attention.FeedForward, activations.GEGLU, nn.LayerNorm, *_ATTENTION
+    )
     CHILDREN = (("norm1", nn.LayerNorm), ("norm3", nn.LayerNorm))
 
     def forward(
@@ -225,6 +242,11 @@ def _feed_forward(ff: nn.Module, x: Tensor | Later, h: Tensor) -> Tensor:
 
 
 class Transformer2DModel(Block, transformer_2d.Transformer2DModel):
+    SOURCES = checks.sources(
+        (transformer_2d.Transformer2DModel, "_operate_on_continuous_inputs"),
+        (transformer_2d.Transformer2DModel, "_get_output_for_continuous_inputs"),
+        *(nn.GroupNorm, nn.Linear, *_CONV),
+    )
     CHILDREN = (("norm", nn.GroupNorm),)
 
     def forward(self, hidden_states: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
@@ -255,7 +277,7 @@ class Transformer2DModel(Block, transformer_2d.Transformer2DModel):
     ) -> Tensor:
         proj = self.proj_out
         known = checks.plain(proj, nn.Linear) or checks.pointwise(proj)
-        if checks.watched() or not known or hidden_states.dtype != residual.dtype or checks.patched():
+        if checks.watched() or not known or hidden_states.dtype != residual.dtype or checks.replaced(self.SOURCES):
             return super()._get_output_for_continuous_inputs(
                 hidden_states, residual, batch_size, height, width, inner_dim
             )
@@ -263,6 +285,8 @@ class Transformer2DModel(Block, transformer_2d.Transformer2DModel):
 
 
 class ControlNetConditioningEmbedding(Block, controlnet.ControlNetConditioningEmbedding):
+    SOURCES = checks.sources(controlnet.ControlNetConditioningEmbedding, *_CONV)
+
     def forward(self, conditioning: Tensor) -> Tensor:
         convs = [self.conv_in, *self.blocks, self.conv_out]
         if checks.watched() or not all(map(checks.plain_conv, convs)) or self._strange():
@@ -293,8 +317,10 @@ class ControlNetConditioningEmbedding(Block, controlnet.ControlNetConditioningEm
 class GroupNorm(Block, nn.GroupNorm):
     """The norm before the last convolution."""
 
+    SOURCES = checks.sources(nn.GroupNorm)
+
     def forward(self, input: Tensor) -> Tensor:
-        if checks.watched() or type(self.weight) is not nn.Parameter or checks.patched():
+        if checks.watched() or type(self.weight) is not nn.Parameter or checks.replaced(self.SOURCES):
             return super().forward(input)
         return layers.group_norm(self, input)
 

@@ -7,12 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.models import activations, attention, attention_processor, resnet
-from diffusers.models.controlnets import controlnet
-from diffusers.models.transformers import transformer_2d
+from diffusers.models import attention_processor
 from torch import nn
 from torch.autograd import forward_ad
-from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 # Processors of softmax(scale * q k^T) v and no more, to whether `scale` is the attention's own and not D ** -0.5.
@@ -22,37 +19,35 @@ PROCESSORS = {
     attention_processor.SlicedAttnProcessor: True,
     attention_processor.XFormersAttnProcessor: True,
 }
-# What others replace for all models of a process; then theirs is what is asked for.
-_PATCHABLE = (
-    *((cls, "forward") for cls in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Dropout)),
-    (nn.Conv2d, "_conv_forward"),
-    (nn.Module, "__call__"),
-    (resnet.ResnetBlock2D, "forward"),
-    (attention.BasicTransformerBlock, "forward"),
-    (attention.FeedForward, "forward"),
-    (attention_processor.Attention, "forward"),
-    (activations.GEGLU, "forward"),
-    (transformer_2d.Transformer2DModel, "_operate_on_continuous_inputs"),
-    (transformer_2d.Transformer2DModel, "_get_output_for_continuous_inputs"),
-    (controlnet.ControlNetConditioningEmbedding, "forward"),
-    *((processor, "__call__") for processor in PROCESSORS),
-)
-_SDPA = F.scaled_dot_product_attention
 _GLOBAL_HOOKS = [
     getattr(torch_module, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
 ]
 
 
-def _as_written(owner: type, name: str) -> Any:
-    """The function in the owner's source; what equals nothing if it was replaced before this module was imported."""
+def sources(*owners: Any) -> list[tuple[Any, str, Any]]:
+    """The functions that a fast forward stands for, as their source has them: others replace them for a whole process.
+
+    Args:
+        owners: classes, for their forward, or (class or module, name).
+    """
+    pairs = [owner if isinstance(owner, tuple) else (owner, "forward") for owner in owners]
+    return [(owner, name, _as_written(owner, name)) for owner, name in pairs]
+
+
+def _as_written(owner: Any, name: str) -> Any:
+    """What `is` nothing if it was replaced before."""
     function = getattr(owner, name)
-    source = sys.modules[owner.__module__].__file__
-    return (
-        function if isinstance(function, types.FunctionType) and function.__code__.co_filename == source else object()
-    )
+    if not isinstance(function, types.FunctionType):  # built in
+        return function
+    return function if function.__code__.co_filename == sys.modules[owner.__module__].__file__ else object()
 
 
-_WRITTEN = [_as_written(owner, name) for owner, name in _PATCHABLE]
+def replaced(functions: list[tuple[Any, str, Any]]) -> str | None:
+    """The first that was replaced, in words."""
+    for owner, name, written in functions:
+        if getattr(owner, name) is not written:
+            return f"a patched {owner.__name__}.{name}"
+    return "hooks on all modules" if any(_GLOBAL_HOOKS) else None
 
 
 def watched() -> bool:
@@ -61,17 +56,6 @@ def watched() -> bool:
         return False
     traced = torch._C._is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
     return traced or forward_ad._current_level >= 0
-
-
-def patched() -> str | None:
-    """What was replaced for the whole process, in words."""
-    if [getattr(owner, name) for owner, name in _PATCHABLE] != _WRITTEN:
-        pairs = zip(_PATCHABLE, _WRITTEN, strict=True)
-        owner, name = next(pair for pair, written in pairs if getattr(*pair) is not written)
-        return f"a patched {owner.__name__}.{name}"
-    if F.scaled_dot_product_attention is not _SDPA:
-        return "a patched scaled_dot_product_attention"
-    return "hooks on all modules" if any(_GLOBAL_HOOKS) else None
 
 
 def bare(module: nn.Module) -> bool:

@@ -35,6 +35,7 @@ class _State(threading.local):
 
 
 _state = _State()
+_SOURCES = checks.sources(nn.Conv2d, (nn.Conv2d, "_conv_forward"))
 
 
 def skipping() -> bool:
@@ -72,7 +73,7 @@ def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     convs = _convs(model)
     if (
         checks.watched()
-        or checks.patched()
+        or checks.replaced(_SOURCES)
         or model.config.global_pool_conditions
         or not all(checks.pointwise(conv, ZeroConv) for conv in convs)
     ):

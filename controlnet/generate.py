@@ -43,6 +43,7 @@ class Request:
     guidance_scale, steps, eta: see `sampling.ddim`.
     seed: image i starts from the noise of seed + i.
     scheduler: None for the DDIM of this package, or a name of SCHEDULERS for that of diffusers.
+    graph: run the steps as one CUDA graph; see `controlnet.inference.graph.StepGraph`.
     """
 
     prompt: str
@@ -56,6 +57,7 @@ class Request:
     seed: int = 0
     images: int = 1
     scheduler: str | None = None
+    graph: bool = False
 
 
 def generate(
@@ -85,6 +87,7 @@ def generate(
         "guidance_scale": request.guidance_scale,
         "scales": control_scales(len(model.control.zero_convs) + 1, request.strength, request.scales),
         "guess_mode": request.guess_mode,
+        "graph": request.graph,
     }
     sampling = {"steps": request.steps, "generator": seeds[0], "x_T": x_T, "progress": progress}
     if request.scheduler is None:
@@ -204,6 +207,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=SCHEDULERS,
         help=f"sample with a scheduler of diffusers, {', '.join(SCHEDULERS)}; by default the DDIM of this package",
     )
+    add("--graph", action="store_true", help="run the steps as one CUDA graph, captured at the first (a GPU only)")
     add("--no-average", action="store_true", help="take the trained weights even where an average was kept")
     add("--precision", default="fp32", help="fp32 (default), bf16 or fp16")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -270,6 +274,7 @@ def draw(
             strength=options.strength,
             scales=options.scales,
             guess_mode=options.guess_mode,
+            graph=options.graph,
             guidance_scale=options.guidance_scale,
             steps=options.steps,
             eta=options.eta,

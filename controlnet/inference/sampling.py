@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from controlnet.inference.graph import Recorder, StepGraph
 from controlnet.model.controlled import ControlledUNet
 from controlnet.model.diffusion import NoiseSchedule
 from controlnet.model.scales import for_both_halves
@@ -55,6 +56,7 @@ def guided(
     guidance_scale: float = 7.5,
     scales: Scales = 1.0,
     guess_mode: bool = False,
+    graph: bool | Recorder = False,
 ) -> Predict:
     """A function (x, t) -> prediction under classifier-free guidance; hint and context are encoded here, once.
 
@@ -67,6 +69,7 @@ def guided(
         scales: strength of the control, one for all outputs or one for each: a number, a tensor [N], or a mask
             [N, 1, h, w] (see `ControlNet.forward`).
         guess_mode: control only the conditional half, and weaken the shallow outputs (see `control_scales`).
+        graph: run the predictions as one CUDA graph, captured at the first; or by a recorder (see `StepGraph`).
     """
     batch = context.shape[0]
     double = uncond_context is not None and guidance_scale != 1
@@ -98,7 +101,10 @@ def guided(
         uncond, cond = both.chunk(2)
         return uncond + guidance_scale * (cond - uncond)
 
-    return predict
+    if graph is False:
+        return predict
+    captured = StepGraph(predict, model, recorder=None if graph is True else graph)
+    return torch.no_grad()(lambda x, t: captured(x=x, t=t))
 
 
 def _randn(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -122,6 +128,7 @@ def ddim(
     generator: torch.Generator | None = None,
     scales: Scales = 1.0,
     guess_mode: bool = False,
+    graph: bool | Recorder = False,
     x_T: Tensor | None = None,
     progress: Callable[[Sequence[int]], Sequence[int]] = lambda order: order,
 ) -> Tensor:
@@ -133,7 +140,7 @@ def ddim(
 
     Arguments:
         shape: [N, C, h, w] of the latents.
-        context, uncond_context, hint, guidance_scale, scales, guess_mode: see `guided`.
+        context, uncond_context, hint, guidance_scale, scales, guess_mode, graph: see `guided`.
         steps: number of model evaluations, 1 to schedule.timesteps; which timesteps, see `ddim_timesteps`.
         eta: 0 is deterministic, 1 the variance of DDPM.
         generator: of x_T and of the noise of eta; its device is where they are drawn.
@@ -150,6 +157,7 @@ def ddim(
         guidance_scale=guidance_scale,
         scales=scales,
         guess_mode=guess_mode,
+        graph=graph,
     )
     device = context.device
     x = (_randn(shape, generator, device) if x_T is None else x_T.to(device)).float()

@@ -46,6 +46,47 @@ def test_inference_step():
         assert torch.equal(got, step(latents, timesteps, context, hint, scales=scales))
 
 
+@pytest.mark.parametrize("changes", [1, 3])
+@torch.no_grad()
+def test_step_graph_of_accelerated_models(changes):
+    """The graphs of `accelerate(..., graph=True)` follow inputs, scale and weights, and give the memory back."""
+    pytest.importorskip("diffusers")
+    import controlnet
+    from tests.controlnet.diffusers_models import CONTEXT, unet
+    from tests.controlnet.diffusers_models import controlnet as control_model
+
+    base = unet()
+    models = [m.to("cuda", torch.bfloat16) for m in (base, control_model(base))]
+    x, context = (torch.randn(2, *size, device="cuda", dtype=torch.bfloat16) for size in ((4, 16, 16), (7, CONTEXT)))
+    hint = torch.rand(2, 3, 128, 128, device="cuda", dtype=torch.bfloat16)
+
+    def step(scale):
+        down, middle = models[1](x, 500, context, hint, conditioning_scale=scale, return_dict=False)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        return models[0](x, 500, context, **residuals, return_dict=False)[0]
+
+    def close(actual, expected):
+        assert (actual - expected).float().norm() <= 0.02 * expected.float().norm()
+
+    for model in models:
+        controlnet.accelerate(model)
+    results = []
+    for graph in (False, True):
+        for model in models:
+            controlnet.accelerate(model, graph=graph)
+        for i in range(changes):
+            for tensor in (x, context, hint):
+                tensor.mul_(-1)
+            results.append(step(0.5 + i))
+        for tensor in (x, context, hint):
+            tensor.mul_((-1) ** changes)  # as they were
+    for eager, replayed in zip(results[:changes], results[changes:], strict=True):
+        close(replayed, eager)
+    for model in models:
+        controlnet.restore(model)
+    close(step(0.5), step(0.5))
+
+
 def test_training_step():
     step = DiffusionLoss(model().to("cuda", torch.bfloat16).to(memory_format=torch.channels_last), NoiseSchedule())
     step.schedule.cuda()

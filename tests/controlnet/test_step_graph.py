@@ -11,9 +11,13 @@ from torch.utils._pytree import tree_leaves
 import controlnet
 from controlnet.diffusers import blocks
 from controlnet.inference.graph import StepGraph
+from controlnet.inference.sampling import ddim
+from controlnet.model.diffusion import NoiseSchedule
 from tests.controlnet.diffusers_models import controlnet as control_model
 from tests.controlnet.diffusers_models import draw, image, pipeline, prompt, unet
 from tests.controlnet.test_accelerate import exact, inputs
+from tests.controlnet.test_compile import images
+from tests.controlnet.test_compile import model as controlled
 
 
 class Recording(TorchDispatchMode):
@@ -227,6 +231,17 @@ def test_pictures(recorder):
     assert recorder.captured == 4  # U-Net, ControlNets, and the second one's zeros
     controlnet.restore(pipe)
     assert torch.equal(draw(pipe, **arguments), expected)
+
+
+@pytest.mark.parametrize("guess_mode", [False, True])
+def test_our_own_sampler(guess_mode, recorder):
+    net = controlled().double()
+    latents, hint, context, _ = (t.double() for t in images(1, 8, 8))
+    options = {"uncond_context": -context, "hint": hint, "steps": 4, "x_T": latents, "guess_mode": guess_mode}
+    expected = ddim(net, NoiseSchedule(), latents.shape, context, **options)
+    actual = ddim(net, NoiseSchedule(), latents.shape, context, graph=recorder, **options)
+    exact(actual, expected)
+    assert (recorder.captured, recorder.replayed) == (1, 4)
 
 
 def test_gradients_take_no_graph(both, recorder):

@@ -73,10 +73,10 @@ class Compiled:
         return faults
 
     def __str__(self):
-        units = "+".join(self.matrix_units) or "-"
+        units, loop = "+".join(self.matrix_units) or "-", sum(self.loop.values())
         return (
             f"sm_{self.arch:<4}{self.case:<58}{self.warps:>6}{self.registers:>6}{self.spills:>7}{self.shared:>9}"
-            f"{f'{self.wide_loads}/{self.loads}':>10}{sum(self.loop.values()):>6}  {units:<10}{'; '.join(self.faults)}".rstrip()
+            f"{f'{self.wide_loads}/{self.loads}':>10}{loop:>6}  {units:<10}{'; '.join(self.faults)}".rstrip()
         )
 
 

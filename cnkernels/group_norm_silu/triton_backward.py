@@ -27,6 +27,7 @@ from cnkernels.group_norm_silu.triton_common import (
     row_tile,
     sigmoid,
     span_of,
+    spans_sums_cut,
     spread,
     warps_for,
 )
@@ -35,13 +36,17 @@ from cnkernels.launch import Launch
 
 @triton.jit
 def _gradient(x, dy, shift, rstd, weight, bias, mask, SILU: tl.constexpr, DTYPE: tl.constexpr):
-    """normed and dz of a tile; zero outside the mask, whatever the parameters are there."""
-    normed = tl.where(mask, (x - shift) * rstd, 0.0)
+    """normed and dz of a tile; zero outside the mask, whatever the parameters are there. None masks nothing."""
+    normed = (x - shift) * rstd
+    if mask is not None:
+        normed = tl.where(mask, normed, 0.0)
     if SILU:
         z = tl.fma(normed, weight, bias)
         gate = sigmoid(z, DTYPE)
         dy = dy * gate * tl.fma(z, 1.0 - gate, 1.0)
-    return normed, tl.where(mask, dy, 0.0)
+    if mask is not None:
+        dy = tl.where(mask, dy, 0.0)
+    return normed, dy
 
 
 @triton.jit
@@ -243,7 +248,7 @@ def _group_norm_silu_rows_dx_kernel(
 
 
 @triton.jit
-def _group_norm_silu_spans_bwd_kernel(
+def _group_norm_silu_spans_fused_bwd_kernel(
     dy_ptr,  # [N, S, C]
     x_ptr,  # [N, S, C]
     weight_ptr,
@@ -251,8 +256,73 @@ def _group_norm_silu_spans_bwd_kernel(
     addend_ptr,
     mean_ptr,
     rstd_ptr,
-    dx_ptr,  # [N, S, C] or None; not written unless FUSED
-    group_sums_ptr,  # [2, N * G, chunks * SPLITS]
+    dx_ptr,  # [N, S, C] or None
+    group_sums_ptr,  # [2, N * G]
+    channel_sums_ptr,  # [3, N, C] or None
+    group_plane,
+    channel_plane,
+    spatial,
+    channels,
+    groups,
+    columns,
+    GROUP_CHANNELS: tl.constexpr,
+    SPAN_GROUPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    """All positions of a span in one tile: the sums, and dx from registers."""
+    column = tl.program_id(0) % columns
+    n = (tl.program_id(0) // columns).to(tl.int64)
+    first_group, channel, real = span_of(column, channels, GROUP_CHANNELS, SPAN_GROUPS, 1, BLOCK_C)
+    statistic = n * groups + channel // GROUP_CHANNELS
+    rstd = tl.load(rstd_ptr + statistic, mask=real, other=0.0)
+    shift = tl.load(mean_ptr + statistic, mask=real, other=0.0)
+    shift = (shift - load_channels(addend_ptr, n * channels + channel, real, 0.0))[None, :]
+    weight = load_channels(weight_ptr, channel, real, 1.0)
+    bias = load_channels(bias_ptr if SILU else None, channel, real, 0.0)[None, :]
+    base = n * spatial * channels
+    position = tl.arange(0, BLOCK_R)
+    offsets = position[:, None] * channels + channel[None, :]
+    mask = (position < spatial)[:, None] & real[None, :]
+    x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+    normed, dz = _gradient(x, dy, shift, rstd[None, :], weight[None, :], bias, mask, SILU, x_ptr.dtype.element_ty)
+    dz_c = tl.sum(dz, axis=0)  # [C]
+    dzn_c = tl.sum(dz * normed, axis=0)
+    member = members(channel, real, first_group, GROUP_CHANNELS, BLOCK_G)
+    sum_d = fold(dz_c * weight, member)  # [G]
+    sum_dn = fold(dzn_c * weight, member)
+    if dx_ptr is not None:
+        count = tl.cast(GROUP_CHANNELS, tl.float32) * spatial
+        mean_d = spread(sum_d / count, member)
+        mean_dn = spread(sum_dn / count, member)
+        dx = rstd[None, :] * (dz * weight[None, :] - mean_d[None, :] - normed * mean_dn[None, :])
+        tl.store(dx_ptr + base + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    if channel_sums_ptr is not None:
+        target = channel_sums_ptr + n * channels + channel
+        tl.store(target, dz_c, mask=real)
+        tl.store(target + channel_plane, dzn_c, mask=real)
+        if addend_ptr is not None:
+            tl.store(target + 2 * channel_plane, tl.sum(normed, axis=0), mask=real)
+    group = first_group + tl.arange(0, BLOCK_G)
+    owned = (tl.arange(0, BLOCK_G) < SPAN_GROUPS) & (group < groups)
+    target = group_sums_ptr + n * groups + group
+    tl.store(target, sum_d, mask=owned)
+    tl.store(target + group_plane, sum_dn, mask=owned)
+
+
+@triton.jit
+def _group_norm_silu_spans_sums_kernel(
+    dy_ptr,  # [N, S, C]
+    x_ptr,  # [N, S, C]
+    weight_ptr,
+    bias_ptr,
+    addend_ptr,
+    mean_ptr,
+    rstd_ptr,
+    group_sums_ptr,  # [2, N * G, chunks, SLOTS]
     channel_sums_ptr,  # [3, N, chunks, C] or None
     group_plane,
     channel_plane,
@@ -263,19 +333,23 @@ def _group_norm_silu_spans_bwd_kernel(
     chunk_rows,
     chunks,
     GROUP_CHANNELS: tl.constexpr,
-    SPAN_GROUPS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    WHOLE: tl.constexpr,
     SILU: tl.constexpr,
-    FUSED: tl.constexpr,
 ):
-    """Sums over some positions of a span. FUSED: over all of them, in one tile, and dx follows from registers."""
+    """Sums over some positions of BLOCK_C channels, which need not be whole groups: every lane is used.
+
+    A group has a slot for each program of channels that it reaches; those that it does not reach hold zero. WHOLE: no
+    tile is ragged.
+    """
     column = tl.program_id(0) % columns
     chunk = tl.program_id(0) // columns % chunks
     n = (tl.program_id(0) // columns // chunks).to(tl.int64)
-    first_group, channel, real = span_of(column, channels, GROUP_CHANNELS, SPAN_GROUPS, SPLITS, BLOCK_C)
+    channel = column * BLOCK_C + tl.arange(0, BLOCK_C)
+    real = channel < channels
     statistic = n * groups + channel // GROUP_CHANNELS
     rstd = tl.load(rstd_ptr + statistic, mask=real, other=0.0)
     shift = tl.load(mean_ptr + statistic, mask=real, other=0.0)
@@ -291,22 +365,20 @@ def _group_norm_silu_spans_bwd_kernel(
     sum_dz = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     sum_dzn = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     sum_n = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for done in range(0, BLOCK_R if FUSED else rows, BLOCK_R):
-        mask = (position < rows - done)[:, None] & real[None, :]
-        x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+    for done in range(0, rows, BLOCK_R):
+        if WHOLE:
+            mask = None
+            x = tl.load(x_ptr + base + offsets).to(tl.float32)
+            dy = tl.load(dy_ptr + base + offsets).to(tl.float32)
+        else:
+            mask = (position < rows - done)[:, None] & real[None, :]
+            x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         normed, dz = _gradient(x, dy, shift, rstd[None, :], weight[None, :], bias, mask, SILU, x_ptr.dtype.element_ty)
         sum_dz += dz
         sum_dzn += dz * normed
         if addend_ptr is not None:
             sum_n += normed
-        if FUSED and dx_ptr is not None:
-            member = members(channel, real, first_group, GROUP_CHANNELS, BLOCK_G)
-            count = tl.cast(GROUP_CHANNELS, tl.float32) * spatial
-            mean_d = spread(fold(tl.sum(sum_dz, axis=0) * weight, member) / count, member)
-            mean_dn = spread(fold(tl.sum(sum_dzn, axis=0) * weight, member) / count, member)
-            dx = rstd[None, :] * (dz * weight[None, :] - mean_d[None, :] - normed * mean_dn[None, :])
-            tl.store(dx_ptr + base + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         base += BLOCK_R * channels
     dz_c = tl.sum(sum_dz, axis=0)  # [C]
     dzn_c = tl.sum(sum_dzn, axis=0)
@@ -316,12 +388,19 @@ def _group_norm_silu_spans_bwd_kernel(
         tl.store(target + channel_plane, dzn_c, mask=real)
         if addend_ptr is not None:
             tl.store(target + 2 * channel_plane, tl.sum(sum_n, axis=0), mask=real)
+    first_group = column * BLOCK_C // GROUP_CHANNELS
     member = members(channel, real, first_group, GROUP_CHANNELS, BLOCK_G)
     group = first_group + tl.arange(0, BLOCK_G)
-    owned = (tl.arange(0, BLOCK_G) < SPAN_GROUPS) & (group < groups)
-    target = group_sums_ptr + (n * groups + group) * (chunks * SPLITS) + chunk * SPLITS + column % SPLITS
-    tl.store(target, fold(dz_c * weight, member), mask=owned)
-    tl.store(target + group_plane, fold(dzn_c * weight, member), mask=owned)
+    touched = (group < groups) & (group * GROUP_CHANNELS < (column + 1) * BLOCK_C)
+    slot = column - group * GROUP_CHANNELS // BLOCK_C
+    target = group_sums_ptr + ((n * groups + group) * chunks + chunk) * SLOTS
+    tl.store(target + slot, fold(dz_c * weight, member), mask=touched)
+    tl.store(target + group_plane + slot, fold(dzn_c * weight, member), mask=touched)
+    last = ((group + 1) * GROUP_CHANNELS - 1) // BLOCK_C - group * GROUP_CHANNELS // BLOCK_C
+    for other in tl.static_range(1, SLOTS):
+        unreached = touched & (slot == last) & (last < other)
+        tl.store(target + other, tl.zeros([BLOCK_G], tl.float32), mask=unreached)
+        tl.store(target + group_plane + other, tl.zeros([BLOCK_G], tl.float32), mask=unreached)
 
 
 @triton.jit
@@ -528,21 +607,19 @@ def _spans_launches(batch, channels, spatial, groups, itemsize, silu):
         "GROUP_CHANNELS": channels // groups,
         "SILU": silu,
     }
-    span = {"columns": cut.columns, "SPAN_GROUPS": cut.groups, "SPLITS": cut.splits, "BLOCK_C": cut.width}
-    span["BLOCK_G"] = triton.next_power_of_2(cut.groups)
     held = triton.next_power_of_2(spatial) * cut.width
     if cut.splits == 1 and fits(held, batch * cut.columns, SPANS):
-        span |= {"chunk_rows": spatial, "chunks": 1, "BLOCK_R": triton.next_power_of_2(spatial), "FUSED": True}
-        fused = Launch(_group_norm_silu_spans_bwd_kernel, (batch * cut.columns,), sizes | span, warps_for(held))
+        span = {"columns": cut.columns, "SPAN_GROUPS": cut.groups, "BLOCK_C": cut.width}
+        span |= {"BLOCK_G": triton.next_power_of_2(cut.groups), "BLOCK_R": triton.next_power_of_2(spatial)}
+        fused = Launch(_group_norm_silu_spans_fused_bwd_kernel, (batch * cut.columns,), sizes | span, warps_for(held))
         return fused, None, 1, 1, strides
-    block = max(1, cut.block // 2)  # each element has two values to load and three sums
-    span |= {"chunk_rows": cut.chunk, "chunks": cut.chunks, "BLOCK_R": block, "FUSED": False}
+    sums, partials = spans_sums_cut(batch, channels, spatial, groups)
     dx = elementwise_columns(batch, channels, spatial, groups)
-    dx |= {"partials": cut.partials, "BLOCK_P": triton.next_power_of_2(cut.partials)}
+    dx |= {"partials": partials, "BLOCK_P": triton.next_power_of_2(partials)}
     return (
-        Launch(_group_norm_silu_spans_bwd_kernel, (batch * cut.columns * cut.chunks,), sizes | span, 8),
+        Launch(_group_norm_silu_spans_sums_kernel, (batch * sums["columns"] * sums["chunks"],), sizes | sums, 8),
         Launch(_group_norm_silu_spans_dx_kernel, (batch * dx["columns"] * dx["chunks"],), sizes | dx, 8),
-        cut.partials,
-        cut.chunks,
+        partials,
+        sums["chunks"],
         strides,
     )

@@ -130,6 +130,22 @@ def elementwise_columns(batch, channels, spatial, groups):
     return {"columns": columns, "chunk_rows": chunk, "chunks": chunks} | tile
 
 
+def spans_sums_cut(batch, channels, spatial, groups):
+    """The cut of [S, C] for the backward's sums, as kernel arguments, and the partials that each group has."""
+    width, group_channels = column_width(channels), channels // groups
+    columns, touched = triton.cdiv(channels, width), touched_groups(channels, groups)
+    first = range(0, channels, group_channels)
+    slots = max((c + group_channels - 1) // width - c // width + 1 for c in first)
+    block = triton.next_power_of_2(min(spatial, max(1, TILE // 2 // width)))  # an element has two values and three sums
+    wanted = min(
+        triton.cdiv(PROGRAMS, batch * columns), max(1, MERGE_TILE // (touched * triton.next_power_of_2(slots)))
+    )
+    chunk, chunks = _chunks(spatial, block, wanted)
+    tile = {"BLOCK_R": block, "BLOCK_C": width, "BLOCK_G": touched, "SLOTS": slots}
+    tile["WHOLE"] = spatial % block == 0 and channels % width == 0
+    return {"columns": columns, "chunk_rows": chunk, "chunks": chunks} | tile, chunks * slots
+
+
 def column_width(channels):
     """Channels per program of an elementwise pass: it need not keep groups whole, so every lane is used."""
     width = min(channels & -channels, 64)
@@ -272,11 +288,15 @@ def activate(z, SILU: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def sigmoid(z, DTYPE: tl.constexpr):
-    """Correctly divided where results stay float32, else to the two units of one instruction."""
+    """Correctly divided where results stay float32, else by the square of a machine's reciprocal root.
+
+    The root is one instruction; the shortest division that Triton has is six, most of them for the edges of float32.
+    """
     if DTYPE == tl.float32:  # noqa: SIM300
         return tl.div_rn(1.0, 1.0 + tl.exp(-z))
     else:
-        return 1.0 / (1.0 + tl.exp(-z))
+        root = tl.rsqrt(1.0 + tl.exp(-z))
+        return root * root
 
 
 @triton.jit

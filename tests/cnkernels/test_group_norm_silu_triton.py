@@ -27,14 +27,16 @@ CUTS = [  # (N, C, H, W), groups, dtype, layout, kernels of the forward and the 
     pytest.param(
         (1, 3, 83, 151), 1, torch.float16, "contiguous", "rows_stats rows_apply rows_sums rows_dx", id="short-rows-cut"
     ),
-    pytest.param((1, 80, 8, 8), 8, torch.float16, "channels_last", "spans_fused_fwd spans_bwd", id="spans-held"),
-    pytest.param((1, 120, 7, 9), 12, torch.float16, "channels_last", "spans_fused_fwd spans_bwd", id="last-span-short"),
+    pytest.param((1, 80, 8, 8), 8, torch.float16, "channels_last", "spans_fused_fwd spans_fused_bwd", id="spans-held"),
+    pytest.param(
+        (1, 120, 7, 9), 12, torch.float16, "channels_last", "spans_fused_fwd spans_fused_bwd", id="last-span-short"
+    ),
     pytest.param(
         (1, 120, 13, 19),
         12,
         torch.float16,
         "channels_last",
-        "spans_stats spans_apply spans_bwd spans_dx",
+        "spans_stats spans_apply spans_sums spans_dx",
         id="spans-cut",
     ),
     pytest.param(
@@ -42,7 +44,7 @@ CUTS = [  # (N, C, H, W), groups, dtype, layout, kernels of the forward and the 
         4,
         torch.float32,
         "channels_last",
-        "spans_stats spans_apply spans_bwd spans_dx",
+        "spans_stats spans_apply spans_sums spans_dx",
         id="40-channel-spans",
     ),
     pytest.param(
@@ -50,7 +52,7 @@ CUTS = [  # (N, C, H, W), groups, dtype, layout, kernels of the forward and the 
         2,
         torch.float16,
         "channels_last",
-        "spans_stats spans_apply spans_bwd spans_dx",
+        "spans_stats spans_apply spans_sums spans_dx",
         id="a-group-in-two",
     ),
 ]

@@ -296,8 +296,9 @@ class CLIPTextEncoder(nn.Module):
         found = {own[name]: tensor for name, tensor in renamed.items() if name in own}
         checkpoints.fill(self.encoder, found, origin, lambda name: name.endswith("position_ids"))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """The context [N, T, context_dim] of tokens int64 [N, T], T at most max_length."""
+    def forward(self, captions: Sequence[str] | Tensor) -> Tensor:
+        """The context [N, T, context_dim] of captions, or of their tokens int64 [N, T], T at most max_length."""
+        tokens = captions if isinstance(captions, Tensor) else _sent(self.tokenize(captions), self.encoder.device)
         if self.layer is None:
             return self.encoder(input_ids=tokens).last_hidden_state
         hidden = self.encoder(input_ids=tokens, output_hidden_states=True).hidden_states[self.layer]
@@ -362,8 +363,10 @@ class WordEmbedder(nn.Module):
         """Takes the tables `embedding.weight` and `position.weight`."""
         checkpoints.fill(self, tensors, origin, lambda name: False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """The context [N, max_length, dim] of tokens int64 [N, max_length]."""
+    def forward(self, captions: Sequence[str] | Tensor) -> Tensor:
+        """The context [N, max_length, dim] of captions, or of their tokens int64 [N, max_length]."""
+        device = self.embedding.weight.device
+        tokens = captions if isinstance(captions, Tensor) else _sent(self.tokenize(captions), device)
         return self.embedding(tokens) + self.position.weight
 
 

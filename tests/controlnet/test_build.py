@@ -302,3 +302,16 @@ def test_a_size_that_does_not_fit_is_found_before_anything_is_loaded(tmp_path, m
     assert loaded == []
     build_model(small(*settings, f"model.control_stage_config.from_pretrained_unet={tmp_path}/base.safetensors"))
     assert loaded == [f"{tmp_path}/base.safetensors"] * 2
+
+
+@pytest.mark.parametrize(("training", "encoder"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_first_stage_without_a_precision_has_that_of_training(tmp_path, training, encoder):
+    tiny.vae().save_pretrained(tmp_path)
+    config = small()
+    config["first_stage_config"] = {
+        "_target_": "controlnet.conditioning.AutoencoderKL",
+        "from_pretrained": str(tmp_path),
+    }
+    config["unet_config"]["in_channels"] = 4
+    vae = build_conditioning(config, precision=training).first_stage.vae
+    assert vae.encoder.conv_in.weight.dtype == encoder and vae.decoder.conv_in.weight.dtype == torch.float32

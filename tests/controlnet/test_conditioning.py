@@ -70,9 +70,29 @@ def test_each_stage_has_the_precision_asked_for_and_answers_in_float32(tmp_path,
         CLIPTextEncoder(str(tmp_path / "clip"), max_length=8, precision=precision),
     )
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, 32: torch.float32}[precision]
-    assert {parameter.dtype for parameter in conditioning.parameters()} == {dtype}
+    vae, text = conditioning.first_stage.vae, conditioning.cond_stage
+    for part in (vae.encoder, vae.quant_conv, text):
+        assert {parameter.dtype for parameter in part.parameters()} == {dtype}
+    for part in (vae.decoder, vae.post_quant_conv):  # see the test below
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
     latents = conditioning.latents(images(1, 3, 8, 8))
     assert latents.dtype == conditioning.images(latents).dtype == conditioning.context(["a"]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_pictures_are_decoded_in_float32(tmp_path, precision):
+    """Activations beyond float16, as Stable Diffusion's decoder has them, make a picture of NaN there."""
+    vae = tiny.vae()
+    with torch.no_grad():  # one large layer, and the next one takes it back
+        vae.decoder.conv_in.weight.mul_(1e6)
+        vae.decoder.conv_in.bias.mul_(1e6)
+    vae.save_pretrained(tmp_path)
+    latents = torch.randn(1, 4, 4, 4)
+    low = Conditioning(AutoencoderKL(str(tmp_path), precision=precision), WordEmbedder(WORDS, 6, 4))
+    full = Conditioning(AutoencoderKL(str(tmp_path)), WordEmbedder(WORDS, 6, 4))
+    assert torch.equal(low.images(latents), full.images(latents)) and full.images(latents).std() > 0.01
+    if precision == "fp16":
+        assert not torch.isfinite(vae.half().decode(latents.half()).sample).all()
 
 
 @pytest.mark.parametrize(
@@ -239,7 +259,7 @@ def test_bad_clip_arguments(clip, tmp_path):
 
 def test_words_become_rows_of_the_table():
     embedder = WordEmbedder(WORDS, dim=6, max_length=4)
-    assert embedder.tokens(["Red, green!", "a red house in the wood", ""]).tolist() == [
+    assert embedder.tokenize(["Red, green!", "a red house in the wood", ""]).tolist() == [
         [2, 3, 0, 0],
         [1, 2, 4, 1],
         [0, 0, 0, 0],

@@ -20,7 +20,7 @@ from controlnet.data.hints import HintReader, read_hint
 from controlnet.extras import quiet_libraries, require
 from controlnet.inference.images import fault, grid, picture, save_png, to_uint8
 from controlnet.inference.jobs import Job, jobs, nemo_options, read_prompts
-from controlnet.inference.loading import Origin, open_origin
+from controlnet.opening import Origin, open_origin
 from controlnet.inference.sampling import control_scales, ddim, guided, sample_with_scheduler
 from controlnet.model.controlled import ControlledUNet
 from controlnet.model.diffusion import NoiseSchedule
@@ -132,7 +132,7 @@ def load(
 ) -> tuple[ControlledUNet, Conditioning, NoiseSchedule]:
     """The trained model with its conditioning and noise schedule, on the CPU, in float32.
 
-    Arguments and errors: as `inference.loading.open_origin`.
+    Arguments and errors: as `opening.open_origin`.
     """
     return open_origin([source], config_file=config_file, overrides=overrides, average=average).models()
 

@@ -14,7 +14,7 @@ from controlnet.checkpoints.convert import convert
 from controlnet.config import ConfigError
 from controlnet.inference.images import to_uint8
 from controlnet.inference.jobs import jobs, nemo_options, read_prompts
-from controlnet.inference.loading import open_origin
+from controlnet.opening import open_origin
 from controlnet.inference.sampling import ddim
 from controlnet.inference.several import SeveralControlNets
 from controlnet.model.controlled import ControlledUNet
@@ -191,12 +191,12 @@ def test_every_key_of_nemos_file_has_an_effect_or_a_reason():
 
 
 def test_sizes_are_checked_before_weights_are_read(run, tmp_path, monkeypatch):  # noqa: F811
-    from controlnet.inference import loading
+    from controlnet import opening
 
     def unread(*arguments, **options):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(loading.build, "build_model", unread)
+    monkeypatch.setattr(opening.build, "build_model", unread)
     with pytest.raises(SystemExit, match="the hint is 15 x 16 pixels"):
         command(run, "--size", "15x16")
 

@@ -5,6 +5,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -69,7 +70,7 @@ class StepGraph:
         self._function, self._model, self._numbers, self._scales = function, model, numbers, scales
         self._recorder = CudaRecorder() if recorder is None else recorder
         self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
-        self._state: list[Any] = []
+        self._state: _State | None = None
         self._lock = threading.Lock()
         self._told: set[str] = set()
 
@@ -81,24 +82,23 @@ class StepGraph:
                 warnings.warn(f"{type(self._model).__name__}: {reason}; such calls run without a graph", stacklevel=2)
             return self._function(**arguments)
         with self._lock, torch.no_grad():
-            state = _state(self._model)
-            if len(state) != len(self._state) or not all(map(operator.is_, state, self._state)):
+            if self._state is None or not self._state.unchanged():
                 self.reset()
-                self._state = state
+                self._state = _State(self._model)
             leaves, spec = pytree.tree_flatten(self._tensors(arguments))
-            key = (spec, *map(_kind, leaves), _mode(), *_memory(self._model))
+            key = (spec, *map(_kind, leaves), _mode())
             if key not in self._graphs:
                 while len(self._graphs) >= _MOST:
                     self._graphs.popitem(last=False)
                 self._graphs[key] = _Graph(self._function, leaves, spec, self._device(), self._recorder)
-                self._state = _state(self._model)  # diffusers scales LoRAs and back, which makes other numbers
+                self._state = _State(self._model)  # diffusers scales LoRAs and back, which makes other numbers
             self._graphs.move_to_end(key)
             return self._graphs[key](leaves)
 
     def reset(self) -> None:
         """Frees all graphs."""
         self._graphs.clear()
-        self._state = []
+        self._state = None
 
     def _device(self) -> torch.device:
         return next(self._model.parameters()).device
@@ -251,12 +251,23 @@ def _mode() -> Any:
     return autocast, torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
-def _memory(model: nn.Module) -> list[int]:
-    return [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
+class _State:
+    """What all modules hold, and where their tensors are. Cheap to compare: it is done at every step."""
 
+    def __init__(self, model: nn.Module):
+        own = [vars(module) for module in model.modules()]
+        self._tables = [*own, *(value for table in own for value in table.values() if isinstance(value, dict))]
+        self._values = self._now()
+        self._tensors = [value for value in self._values if isinstance(value, Tensor)]
+        self._places = self._addresses()
 
-def _state(model: nn.Module) -> list[Any]:
-    """Everything that the modules hold, but for what is kept: the same objects as long as nothing was changed."""
-    tables = [vars(module) for module in model.modules()]
-    inner = [table for own in tables for table in own.values() if isinstance(table, dict)]
-    return [value for table in (*tables, *inner) for name, value in table.items() if name != "_cn_kept"]
+    def unchanged(self) -> bool:
+        now = self._now()
+        same = len(now) == len(self._values) and all(map(operator.is_, now, self._values))
+        return same and self._addresses() == self._places
+
+    def _now(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._tables)))
+
+    def _addresses(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self._tensors]

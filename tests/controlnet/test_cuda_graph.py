@@ -68,12 +68,12 @@ def test_step_graph_of_accelerated_models(changes):
     def close(actual, expected):
         assert (actual - expected).float().norm() <= 0.02 * expected.float().norm()
 
-    for model in models:
-        controlnet.accelerate(model)
+    for net in models:
+        controlnet.accelerate(net)
     results = []
     for graph in (False, True):
-        for model in models:
-            controlnet.accelerate(model, graph=graph)
+        for net in models:
+            controlnet.accelerate(net, graph=graph)
         for i in range(changes):
             for tensor in (x, context, hint):
                 tensor.mul_(-1)
@@ -82,8 +82,8 @@ def test_step_graph_of_accelerated_models(changes):
             tensor.mul_((-1) ** changes)  # as they were
     for eager, replayed in zip(results[:changes], results[changes:], strict=True):
         close(replayed, eager)
-    for model in models:
-        controlnet.restore(model)
+    for net in models:
+        controlnet.restore(net)
     close(step(0.5), step(0.5))
 
 

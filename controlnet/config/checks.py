@@ -26,6 +26,9 @@ PRECISIONS: dict[str, tuple[torch.dtype, tuple[str, ...]]] = {
 }
 
 
+LONGEST_TEXT = 4096  # of a value: as long as a path can be
+
+
 def precision(value: Any, key: str = "trainer.precision") -> str:
     """ "fp32", "fp16" or "bf16" for any spelling that Lightning and NeMo know (16, "16-mixed", "bf16", 32, ...).
 
@@ -93,8 +96,11 @@ def check_values(node: Mapping[str, Any], schema: Mapping[str, Any] = SCHEMA, pa
 
 
 def check_value(path: str, value: Any, key: Key) -> None:
+    """Raises ConfigError unless the value is one that the key may have."""
     if key.silent:
         return
+    if isinstance(value, str) and len(value) > LONGEST_TEXT:
+        raise ConfigError(f"{path} has {len(value)} characters; expected at most {LONGEST_TEXT}")
     if not key.fits(value):
         if key.only:
             raise ConfigError(f"{path} is {shown(value)}; only {_alternatives(key)} is possible here: {key.effect}")

@@ -1,10 +1,13 @@
 """Settings that other systems say elsewhere reach the key that is read; what asks for something else is an error."""
 
 import logging
+import re
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+import controlnet
 from controlnet import build, config
 from controlnet.config import ConfigError
 from tests.controlnet import tiny_run
@@ -216,6 +219,7 @@ def test_a_file_that_contains_itself_or_grows_is_refused(tmp_path):
         ("model.unet_config.num_res_blocks=1000000000000", "model.unet_config.num_res_blocks"),
         ("model.timesteps=0", "model.timesteps is 0; expected an integer from 1"),
         ("data.webdataset.shuffle_buffer=-1", "data.webdataset.shuffle_buffer is -1; expected an integer from 0"),
+        ("model.ckpt_path=" + "x" * 5000, "model.ckpt_path has 5000 characters; expected at most 4096"),
         ("optim.lr=.nan", "optim.lr is nan; expected a number at least 0"),
     ],
 )
@@ -244,3 +248,21 @@ def test_a_loader_may_name_its_entries_as_the_configuration_does(tmp_path):
     plain.fit()
     theirs = tiny_run.weights(plain)
     assert all(tensor.equal(theirs[name]) for name, tensor in tiny_run.weights(named).items())
+
+
+@pytest.mark.parametrize("text", [NEMO, ORIGINAL], ids=["nemo", "original"])
+def test_every_key_of_other_systems_files_stands_in_the_page(text):
+    page = (Path(controlnet.__file__).parents[1] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `([\w.]+)` \|", page, flags=re.MULTILINE))
+    tree = config.canonical_node(OmegaConf.to_container(OmegaConf.create(text)))
+
+    def leaves(node, path=""):
+        for key, value in node.items():
+            full = f"{path}{key}"
+            if isinstance(value, dict) and full not in listed:  # what is listed as a whole has its reason as a whole
+                yield from leaves(value, f"{full}.")
+            elif key != "_target_":
+                yield full
+
+    found = list(leaves(tree))
+    assert len(found) > 30 and [path for path in found if path not in listed] == []

@@ -346,7 +346,7 @@ def test_the_tables_name_real_classes_and_their_arguments():
         assert read <= set(parameters) and set(parameters) <= set(keys), target
         for name, parameter in parameters.items():
             default = ... if parameter.default is parameter.empty else parameter.default
-            if name in read:
+            if name in read and name != "precision":  # without one, `build_conditioning` gives trainer.precision
                 assert keys[name].default == (list(default) if isinstance(default, tuple) else default), (target, name)
 
 

@@ -14,6 +14,11 @@ ENTRIES = {
     "config": "every key of a configuration; or check a file",
     "quickstart": "train a small ControlNet on a CPU in minutes, and see whether it obeys",
 }
+KERNELS = {
+    "env": "what is installed, and which kernels run here",
+    "check": "whether the kernels are right on this machine",
+    "tune": "which kernels are fastest on this machine",
+}
 EXAMPLES = """
 python -m controlnet.train --help
 python -m controlnet.quickstart
@@ -24,7 +29,7 @@ python -m cnkernels.env
 def text() -> str:
     there = {name: what for name, what in ENTRIES.items() if importlib.util.find_spec(f"controlnet.{name}")}
     lines = [f"  python -m controlnet.{name:<11} {what}" for name, what in there.items()]
-    lines.append(f"  python -m {'cnkernels.env':<22} {'what is installed, and which kernels run here'}")
+    lines += [f"  python -m cnkernels.{name:<12} {what}" for name, what in KERNELS.items()]
     files = [f"  {path}" for path in shipped()]
     return "\n".join(["Commands; each has --help:", *lines, "", "Configurations to start from:", *files])
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import controlnet
 from controlnet import conditioning, generate
+from controlnet.checkpoints import archive
 from controlnet.checkpoints.convert import convert
 from controlnet.config import ConfigError
 from controlnet.inference.images import to_uint8
@@ -260,3 +261,15 @@ def test_a_base_stands_for_the_configuration(pipeline):
     )
     expected = to_uint8(frozen.images(latents))[0].permute(1, 2, 0).numpy()
     assert_same_picture(images_in(pictures[0], 1)[0], expected)
+
+
+def test_a_nemo_archive_brings_its_configuration(run, tmp_path):  # noqa: F811
+    folder, trainer = run
+    tensors = load_file(folder / "base.safetensors")
+    tensors |= {f"control_model.{name}": tensor for name, tensor in trainer.model.control.state_dict().items()}
+    torch.save(tensors, tmp_path / "weights.ckpt")
+    model = json.loads(json.dumps(tiny_run.BASE["model"]))
+    model["unet_config"]["from_pretrained"] = "/ckpts/of/another/machine.ckpt"
+    archive.write(tmp_path / "mine.nemo", tmp_path / "weights.ckpt", json.dumps(model))
+    by_archive = command(run, checkpoint=tmp_path / "mine.nemo")
+    assert np.array_equal(by_archive, command(run, "--no-average"))

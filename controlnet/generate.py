@@ -20,10 +20,10 @@ from controlnet.data.hints import HintReader, read_hint
 from controlnet.extras import quiet_libraries, require
 from controlnet.inference.images import fault, grid, picture, save_png, to_uint8
 from controlnet.inference.jobs import Job, jobs, nemo_options, read_prompts
-from controlnet.opening import Origin, open_origin
 from controlnet.inference.sampling import control_scales, ddim, guided, sample_with_scheduler
 from controlnet.model.controlled import ControlledUNet
 from controlnet.model.diffusion import NoiseSchedule
+from controlnet.opening import Origin, open_origin
 
 __all__ = ["Request", "generate", "load", "main", "read_hint"]
 

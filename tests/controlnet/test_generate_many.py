@@ -15,11 +15,11 @@ from controlnet.checkpoints.convert import convert
 from controlnet.config import ConfigError
 from controlnet.inference.images import to_uint8
 from controlnet.inference.jobs import jobs, nemo_options, read_prompts
-from controlnet.opening import open_origin
 from controlnet.inference.sampling import ddim
 from controlnet.inference.several import SeveralControlNets
 from controlnet.model.controlled import ControlledUNet
 from controlnet.model.diffusion import NoiseSchedule
+from controlnet.opening import open_origin
 from tests.controlnet import tiny, tiny_run
 from tests.controlnet.test_generate import SIZE, assert_same_picture, command, images_in, run  # noqa: F401
 

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.nn import functional as F
 
 import cnkernels

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.nn import functional as F
 
 import cnkernels

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -12,7 +12,7 @@ from controlnet.data import build_loader
 from tests.controlnet.shard_files import members, write_tar
 
 EPOCHS, WARM_UP = 50, 10
-SHARDS, SAMPLES = 20, 4  # more shards than the index keeps
+SHARDS, SAMPLES = 18, 2  # more shards than the index keeps
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_memory_of_the_reading_process_is_flat(folder):
     tracemalloc.stop()
     assert slope(objects) < 0.5, objects
     # Python keeps some of the small objects that are given back, for the next of their size.
-    assert slope(held) < 32 * SHARDS * SAMPLES, held  # less than a number that stays of each sample
+    assert slope(held) < 64 * SHARDS * SAMPLES, held  # less than two numbers that stay of each sample
 
 
 @pytest.mark.slow

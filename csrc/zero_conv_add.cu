@@ -41,8 +41,12 @@ __device__ __forceinline__ void finish(const Layer<T>& layer, int batch, int row
   write_row<T, N>(layer.out, at.sample, at.row, column, layer.columns, values);
 }
 
+// In channels_last sm_90's code for bfloat16 has some registers more than two blocks of a multiprocessor may have.
+template <class G, Along B>
+constexpr int kForwardBlocks = std::is_same_v<typename G::T, bf16> && B == Along::depth ? 1 : G::kBlocks;
+
 template <class G, Along A, Along B, class T = typename G::T>
-__global__ void __launch_bounds__(G::kThreads, G::kBlocks)
+__global__ void __launch_bounds__(G::kThreads, kForwardBlocks<G, B>)
     zero_conv_add_fwd_kernel(const __grid_constant__ Table<Layer<T>> table) {
   constexpr int kVector = 16 / sizeof(T);
   Arena arena;

@@ -158,8 +158,8 @@ class _Shapes:
         if name not in self.tensors:
             raise CheckpointError(f"{self.origin} lacks {name}, from which the {self.part}'s architecture is read")
         shape = list(self.tensors[name].shape)
-        if len(shape) < 2:
-            raise CheckpointError(f"{self.origin}: {name} is {shape}; expected at least [out, in]")
+        if len(shape) < 2 or 0 in shape:
+            raise CheckpointError(f"{self.origin}: {name} is {shape}; expected at least [out, in], none of them 0")
         return shape
 
 

@@ -92,6 +92,12 @@ def test_a_level_of_another_width(tmp_path, tensors):
     refused(tmp_path, save(tensors, tmp_path / "x.safetensors"), r"level 1 is 50 wide; expected a multiple of .* 32")
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (32, 0, 3, 3), (32,)])
+def test_a_first_convolution_of_nothing(tmp_path, tensors, shape):
+    tensors[PREFIX + "input_blocks.0.0.weight"] = torch.ones(shape)
+    refused(tmp_path, save(tensors, tmp_path / "x.safetensors"), r"input_blocks\.0\.0\.weight is \[.*none of them 0")
+
+
 def test_heads_that_do_not_divide(tmp_path, tensors):
     source = save(tensors, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=r"num_heads is 5; expected a divisor of 32"):

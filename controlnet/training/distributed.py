@@ -265,13 +265,13 @@ class StopRequest:
         self._restore()
 
     def _handle(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT:
+            self._interrupts_left -= 1
         if self.signal is None:
             self.signal, self._first = signal.Signals(number), time.monotonic()
             if self._nothing_to_save:
                 raise Interrupted
-        if number == signal.SIGINT:
-            self._interrupts_left -= 1
-        if self._interrupts_left < 0 or time.monotonic() - self._first >= self.grace:
+        elif self._interrupts_left < 0 or time.monotonic() - self._first >= self.grace:
             self._restore()
             signal.raise_signal(number)
 

@@ -266,6 +266,8 @@ class _AllocateOnly(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace != "aten" or torch.Tag.inplace_view in func.tags or func.is_view:
             return func(*args, **kwargs)
+        if func._schema.name in stub_gpu.CONVOLUTIONS:
+            return stub_gpu.CONVOLUTIONS[func._schema.name](*args)
         written = [a for a, s in zip(args, func._schema.arguments, strict=False) if s.alias_info is not None]
         if written or "out" in kwargs:
             return written[0] if written else kwargs["out"]
@@ -291,16 +293,16 @@ def _like(t: Tensor) -> Tensor:
 class FirstSteps:
     """Steps of our model in SD 1.5's size, whose arithmetic is left out, and the kernels that each compiles."""
 
-    def __init__(self, training: bool, compiled: list):
-        self.training, self.compiled = training, compiled
+    def __init__(self, training: bool, layout: torch.memory_format, compiled: list[str]):
+        self.training, self.layout, self.compiled = training, layout, compiled
         model = jobs.controlled_unet(torch.device("meta"), jobs.SD15).to(DTYPE)
-        model.to_empty(device="cpu").to(memory_format=torch.channels_last)
+        model.to_empty(device="cpu").to(memory_format=layout)
         self.model = model if training else model.requires_grad_(False).eval()
 
     def step(self, batch: int, side: int) -> int:
         """Kernels that a step compiles which no step before it has."""
         before = len(self.compiled)
-        x = torch.empty(batch, 4, side, side, dtype=DTYPE).contiguous(memory_format=torch.channels_last)
+        x = torch.empty(batch, 4, side, side, dtype=DTYPE).contiguous(memory_format=self.layout)
         hint = torch.empty(batch, 3, 8 * side, 8 * side, dtype=DTYPE)
         context, t = torch.empty(batch, 77, jobs.SD15["context_dim"], dtype=DTYPE), torch.zeros(batch, dtype=torch.long)
         with torch.set_grad_enabled(self.training), _AllocateOnly():
@@ -316,13 +318,15 @@ FIRST_STEPS = {False: [(2, 64), (4, 64), (2, 80)], True: [(4, 64), (16, 64)]}  #
 def kernels(arch: int) -> list[dict[str, Any]]:
     """Rows {step, kernels}: how many kernels a step compiles that no step before it has."""
     rows = []
-    for training, sizes in FIRST_STEPS.items():
-        compiled: list[str] = []
-        with stub_gpu.installed(arch, compiled):
-            steps = FirstSteps(training, compiled)
-            for batch, side in sizes:
-                name = f"{'training' if training else 'denoise'} step, batch {batch}, {8 * side}x{8 * side}"
-                rows.append({"step": name, "kernels": steps.step(batch, side)})
+    for layout in ("channels_last", "contiguous_format"):
+        for training, sizes in FIRST_STEPS.items():
+            compiled: list[str] = []
+            with stub_gpu.installed(arch, compiled):
+                steps = FirstSteps(training, getattr(torch, layout), compiled)
+                for batch, side in sizes:
+                    kind = "training" if training else "denoise"
+                    name = f"{kind} step, {layout.removesuffix('_format')}, batch {batch}, {8 * side}x{8 * side}"
+                    rows.append({"step": name, "kernels": steps.step(batch, side)})
     return rows
 
 

@@ -190,6 +190,9 @@ _KERNELS: dict[str, Callable] = {
 }
 
 
+CONVOLUTIONS = {f"aten::{name}": _KERNELS[name] for name in ("convolution", "convolution_backward")}
+
+
 @contextmanager
 def no_arithmetic() -> Iterator[None]:
     """Inside the block a CPU's convolutions, products and attention only allocate their results, whoever calls them."""

@@ -16,6 +16,8 @@ import triton.language as tl
 
 from cnkernels.group_norm_silu.triton_common import (
     ROWS_BACKWARD,
+    RUNTIME_OF_ROWS,
+    RUNTIME_OF_SPANS,
     SPANS,
     cut_rows,
     cut_spans,
@@ -24,6 +26,7 @@ from cnkernels.group_norm_silu.triton_common import (
     fold,
     load_channels,
     members,
+    partials_block,
     row_tile,
     sigmoid,
     span_of,
@@ -62,7 +65,7 @@ def _rows_parameters(
     return weight, bias, shift
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_OF_ROWS)
 def _group_norm_silu_rows_fused_bwd_kernel(
     dy_ptr,  # [N, G, D, S]
     x_ptr,  # [N, G, D, S]
@@ -138,7 +141,7 @@ def _store_row_sums(pointer, row, end, plane, dz, normed, addend_ptr, BLOCK_R: t
         tl.store(pointer + 2 * plane + rows, tl.sum(normed, axis=1), mask=rows < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_OF_ROWS)
 def _group_norm_silu_rows_sums_kernel(
     dy_ptr,
     x_ptr,
@@ -192,7 +195,7 @@ def _group_norm_silu_rows_sums_kernel(
     tl.store(group_sums_ptr + group_plane + index * chunks + chunk, tl.sum(sums_dn))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_OF_ROWS)
 def _group_norm_silu_rows_dx_kernel(
     dy_ptr,
     x_ptr,
@@ -247,7 +250,7 @@ def _group_norm_silu_rows_dx_kernel(
         tl.store(dx_ptr + base + start + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_OF_SPANS)
 def _group_norm_silu_spans_fused_bwd_kernel(
     dy_ptr,  # [N, S, C]
     x_ptr,  # [N, S, C]
@@ -275,7 +278,9 @@ def _group_norm_silu_spans_fused_bwd_kernel(
     """All positions of a span in one tile: the sums, and dx from registers."""
     column = tl.program_id(0) % columns
     n = (tl.program_id(0) // columns).to(tl.int64)
-    first_group, channel, real = span_of(column, channels, GROUP_CHANNELS, SPAN_GROUPS, 1, BLOCK_C)
+    first_group, channel, real = span_of(
+        column, channels, GROUP_CHANNELS, SPAN_GROUPS, SPAN_GROUPS * GROUP_CHANNELS, 1, BLOCK_C
+    )
     statistic = n * groups + channel // GROUP_CHANNELS
     rstd = tl.load(rstd_ptr + statistic, mask=real, other=0.0)
     shift = tl.load(mean_ptr + statistic, mask=real, other=0.0)
@@ -313,7 +318,7 @@ def _group_norm_silu_spans_fused_bwd_kernel(
     tl.store(target + group_plane, sum_dn, mask=owned)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_OF_SPANS)
 def _group_norm_silu_spans_sums_kernel(
     dy_ptr,  # [N, S, C]
     x_ptr,  # [N, S, C]
@@ -403,7 +408,7 @@ def _group_norm_silu_spans_sums_kernel(
         tl.store(target + group_plane + other, tl.zeros([BLOCK_G], tl.float32), mask=unreached)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_OF_SPANS)
 def _group_norm_silu_spans_dx_kernel(
     dy_ptr,
     x_ptr,
@@ -422,6 +427,7 @@ def _group_norm_silu_spans_dx_kernel(
     chunk_rows,
     chunks,
     partials,
+    touched,  # groups that BLOCK_C channels belong to
     GROUP_CHANNELS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -440,7 +446,7 @@ def _group_norm_silu_spans_dx_kernel(
     group = first_group + tl.arange(0, BLOCK_G)
     part = tl.arange(0, BLOCK_P)
     sums = group_sums_ptr + (n * groups + group)[:, None] * partials + part[None, :]
-    there = (group < groups)[:, None] & (part < partials)[None, :]
+    there = ((group < groups) & (tl.arange(0, BLOCK_G) < touched))[:, None] & (part < partials)[None, :]
     count = tl.cast(GROUP_CHANNELS, tl.float32) * spatial
     member = members(channel, real, first_group, GROUP_CHANNELS, BLOCK_G)
     mean_d = spread(tl.sum(tl.load(sums, mask=there, other=0.0), axis=1) / count, member)
@@ -467,7 +473,7 @@ def _group_norm_silu_spans_dx_kernel(
         base += BLOCK_R * channels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*RUNTIME_OF_SPANS, "batch", "parts", "stride_part", "channels"])
 def _group_norm_silu_parameter_gradients_kernel(
     channel_sums_ptr,  # [3, N, C, parts] or [3, N, parts, C]
     group_sums_ptr,  # [2, N * G, partials]
@@ -551,8 +557,7 @@ def backward_launches(
     block = parameter_channels(channels)
     parameters = {"spatial": spatial, "groups": groups, "group_channels": channels // groups, "channels": channels}
     parameters |= {"batch": batch, "parts": parts, "partials": partials, **strides}
-    rows = triton.next_power_of_2(max(batch * parts, partials))
-    parameters |= {"BLOCK_C": block, "BLOCK_P": min(1024 // block, rows)}
+    parameters |= {"BLOCK_C": block, "BLOCK_P": 1024 // block}
     planes = {"group_plane": batch * groups * partials, "channel_plane": batch * channels * parts}
     parameters = Launch(
         _group_norm_silu_parameter_gradients_kernel,
@@ -587,7 +592,7 @@ def _rows_launches(batch, channels, spatial, groups, itemsize, silu):
     sums = sizes | {"chunk_rows": cut.chunk, "chunks": cut.chunks}
     finer = cut_rows(batch, channels, spatial, groups, finer=2)
     dx = sizes | {"chunk_rows": finer.chunk, "chunks": finer.chunks}
-    dx |= {"partials": cut.chunks, "BLOCK_P": triton.next_power_of_2(cut.chunks)}
+    dx |= {"partials": cut.chunks, "BLOCK_P": partials_block(cut.chunks)}
     return (
         Launch(_group_norm_silu_rows_sums_kernel, (batch * groups * cut.chunks,), sums, 8),
         Launch(_group_norm_silu_rows_dx_kernel, (batch * groups * finer.chunks,), dx, 8),
@@ -615,7 +620,7 @@ def _spans_launches(batch, channels, spatial, groups, itemsize, silu):
         return fused, None, 1, 1, strides
     sums, partials = spans_sums_cut(batch, channels, spatial, groups)
     dx = elementwise_columns(batch, channels, spatial, groups)
-    dx |= {"partials": partials, "BLOCK_P": triton.next_power_of_2(partials)}
+    dx |= {"partials": partials, "BLOCK_P": partials_block(partials)}
     return (
         Launch(_group_norm_silu_spans_sums_kernel, (batch * sums["columns"] * sums["chunks"],), sizes | sums, 8),
         Launch(_group_norm_silu_spans_dx_kernel, (batch * dx["columns"] * dx["chunks"],), sizes | dx, 8),

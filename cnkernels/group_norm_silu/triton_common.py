@@ -25,6 +25,14 @@ ROWS_FORWARD = 40960  # elements held in registers, in float32: 80 to a thread a
 ROWS_BACKWARD = 20480  # half: of each of them, two values
 SPANS = 16384  # less: the sums of each channel cross the threads
 
+# Numbers that differ from layer to layer, batch to batch and size to size, of which a kernel is no faster for knowing
+# whether they are 1 or multiples of 16. What decides the width of loads is not among them: `spatial` where rows of it
+# are read, `channels` and `span` where rows of those are.
+RUNTIME_OF_ROWS = [
+    "plane", "group_plane", "channel_plane", "groups", "group_channels", "segments", "chunk_rows", "chunks", "partials",
+]  # fmt: skip
+RUNTIME_OF_SPANS = [*RUNTIME_OF_ROWS, "spatial", "span_groups", "columns", "touched"]
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -105,7 +113,7 @@ def cut_spans(batch, channels, spatial, groups, itemsize):
     columns = triton.cdiv(groups, per_span) * splits
     block = triton.next_power_of_2(min(spatial, max(1, TILE // width)))
     # Each program of the second pass merges [groups of its columns, chunks * splits] partials in one tile.
-    merge_width = max(triton.next_power_of_2(per_span), touched_groups(channels, groups))
+    merge_width = groups_block(max(per_span, touched_groups(channels, groups)))
     wanted = min(triton.cdiv(PROGRAMS, batch * columns), max(1, MERGE_TILE // (merge_width * splits)))
     return Spans(width, per_span, splits, columns, block, *_chunks(spatial, block, wanted))
 
@@ -126,7 +134,8 @@ def elementwise_columns(batch, channels, spatial, groups):
     columns = triton.cdiv(channels, width)
     block = triton.next_power_of_2(min(spatial, TILE // width))
     chunk, chunks = _chunks(spatial, block, triton.cdiv(2 * PROGRAMS, batch * columns))
-    tile = {"BLOCK_R": block, "BLOCK_C": width, "BLOCK_G": touched_groups(channels, groups)}
+    touched = touched_groups(channels, groups)
+    tile = {"touched": touched, "BLOCK_R": block, "BLOCK_C": width, "BLOCK_G": groups_block(touched)}
     return {"columns": columns, "chunk_rows": chunk, "chunks": chunks} | tile
 
 
@@ -144,6 +153,16 @@ def spans_sums_cut(batch, channels, spatial, groups):
     tile = {"BLOCK_R": block, "BLOCK_C": width, "BLOCK_G": touched, "SLOTS": slots}
     tile["WHOLE"] = spatial % block == 0 and channels % width == 0
     return {"columns": columns, "chunk_rows": chunk, "chunks": chunks} | tile, chunks * slots
+
+
+def groups_block(groups):
+    """A block that holds so many groups: of one size for all usual layers, so that they share a compiled kernel."""
+    return max(8, triton.next_power_of_2(groups))
+
+
+def partials_block(partials):
+    """A block that holds so many partial results, likewise."""
+    return max(64, triton.next_power_of_2(partials))
 
 
 def column_width(channels):
@@ -201,30 +220,31 @@ def load_channels(pointer, index, mask, default: tl.constexpr):
 def span_of(
     column,
     channels,
-    GROUP_CHANNELS: tl.constexpr,
-    SPAN_GROUPS: tl.constexpr,
+    group_channels,
+    span_groups,
+    span,  # channels: span_groups * group_channels
     SPLITS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """A span's first group, its channels [C], and which of these are real.
 
-    Constants, and a comparison with each bound by itself: else the compiler does not see that the channels of a 16-byte
-    load are all real or all not.
+    `span` comes as one number, of which the compiler knows whether it is a multiple of 16, and is compared by itself:
+    so it sees that the channels of a 16-byte load are all real or all not.
     """
     lane = tl.arange(0, BLOCK_C)
     if SPLITS == 1:
-        channel = column * (SPAN_GROUPS * GROUP_CHANNELS) + lane
-        return column * SPAN_GROUPS, channel, (lane < SPAN_GROUPS * GROUP_CHANNELS) & (channel < channels)
+        channel = column * span + lane
+        return column * span_groups, channel, (lane < span) & (channel < channels)
     else:
         group = column // SPLITS
-        channel = group * GROUP_CHANNELS + column % SPLITS * BLOCK_C + lane
-        return group, channel, channel < (group + 1) * GROUP_CHANNELS
+        channel = group * group_channels + column % SPLITS * BLOCK_C + lane
+        return group, channel, channel < (group + 1) * group_channels
 
 
 @triton.jit
-def members(channel, mask, first_group, GROUP_CHANNELS: tl.constexpr, BLOCK_G: tl.constexpr):
+def members(channel, mask, first_group, group_channels, BLOCK_G: tl.constexpr):
     """[BLOCK_G, BLOCK_C] booleans: channel c belongs to the g-th group from first_group."""
-    group = channel // GROUP_CHANNELS - first_group  # [C]
+    group = channel // group_channels - first_group  # [C]
     return (tl.arange(0, BLOCK_G)[:, None] == group[None, :]) & mask[None, :]
 
 

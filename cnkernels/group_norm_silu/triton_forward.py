@@ -8,6 +8,8 @@ import triton.language as tl
 
 from cnkernels.group_norm_silu.triton_common import (
     ROWS_FORWARD,
+    RUNTIME_OF_ROWS,
+    RUNTIME_OF_SPANS,
     SPANS,
     activate,
     cut_rows,
@@ -15,10 +17,12 @@ from cnkernels.group_norm_silu.triton_common import (
     elementwise_columns,
     fits,
     fold,
+    groups_block,
     inverse_deviation,
     load_channels,
     members,
     merge_moments,
+    partials_block,
     row_tile,
     rows_elements,
     span_of,
@@ -28,7 +32,7 @@ from cnkernels.group_norm_silu.triton_common import (
 from cnkernels.launch import Launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_OF_ROWS)
 def _group_norm_silu_rows_fused_fwd_kernel(
     x_ptr,  # [N, G, D, S]
     weight_ptr,  # [C] or None
@@ -88,7 +92,7 @@ def _group_norm_silu_rows_fused_fwd_kernel(
         tl.store(y_ptr + base + start + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_OF_SPANS)
 def _group_norm_silu_spans_fused_fwd_kernel(
     x_ptr,  # [N, S, C]
     weight_ptr,
@@ -102,8 +106,9 @@ def _group_norm_silu_spans_fused_fwd_kernel(
     channels,
     groups,
     columns,
-    GROUP_CHANNELS: tl.constexpr,
-    SPAN_GROUPS: tl.constexpr,
+    group_channels,
+    span_groups,
+    span,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -112,8 +117,8 @@ def _group_norm_silu_spans_fused_fwd_kernel(
     """A span of whole groups at every position, held in registers."""
     column = tl.program_id(0) % columns
     n = (tl.program_id(0) // columns).to(tl.int64)
-    first_group, channel, real = span_of(column, channels, GROUP_CHANNELS, SPAN_GROUPS, 1, BLOCK_C)
-    member = members(channel, real, first_group, GROUP_CHANNELS, BLOCK_G)
+    first_group, channel, real = span_of(column, channels, group_channels, span_groups, span, 1, BLOCK_C)
+    member = members(channel, real, first_group, group_channels, BLOCK_G)
     position = tl.arange(0, BLOCK_R)
     mask = (position < spatial)[:, None] & real[None, :]
     offsets = position[:, None] * channels + channel[None, :]
@@ -121,7 +126,7 @@ def _group_norm_silu_spans_fused_fwd_kernel(
     addend = load_channels(addend_ptr, n * channels + channel, real, 0.0)
     x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32) + addend[None, :]
 
-    count = tl.cast(GROUP_CHANNELS, tl.float32) * spatial
+    count = tl.cast(group_channels, tl.float32) * spatial
     rough = fold(tl.sum(tl.where(mask, x, 0.0), axis=0), member) / count  # [G]
     deviation = tl.where(mask, x - spread(rough, member)[None, :], 0.0)
     rest = fold(tl.sum(deviation, axis=0), member) / count
@@ -133,12 +138,12 @@ def _group_norm_silu_spans_fused_fwd_kernel(
     y = activate(tl.fma(deviation, scale[None, :], bias[None, :]), SILU, y_ptr.dtype.element_ty)
     tl.store(y_ptr + base + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
     group = first_group + tl.arange(0, BLOCK_G)
-    owned = (tl.arange(0, BLOCK_G) < SPAN_GROUPS) & (group < groups)
+    owned = (tl.arange(0, BLOCK_G) < span_groups) & (group < groups)
     tl.store(mean_ptr + n * groups + group, rough + rest, mask=owned)
     tl.store(rstd_ptr + n * groups + group, rstd, mask=owned)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_OF_ROWS)
 def _group_norm_silu_rows_stats_kernel(
     x_ptr,  # [N, G, D, S]
     addend_ptr,
@@ -227,7 +232,7 @@ def _load_rows(
     return x + addend[:, None], mask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_OF_ROWS)
 def _group_norm_silu_rows_apply_kernel(
     x_ptr,  # [N, G, D, S]
     weight_ptr,
@@ -286,7 +291,7 @@ def _load_moments(pointers, plane, mask):
     return count, mean, tl.load(pointers + 2 * plane, mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_OF_SPANS)
 def _group_norm_silu_spans_stats_kernel(
     x_ptr,  # [N, S, C]
     addend_ptr,
@@ -298,8 +303,9 @@ def _group_norm_silu_spans_stats_kernel(
     columns,
     chunk_rows,
     chunks,
-    GROUP_CHANNELS: tl.constexpr,
-    SPAN_GROUPS: tl.constexpr,
+    group_channels,
+    span_groups,
+    span,
     SPLITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -309,7 +315,7 @@ def _group_norm_silu_spans_stats_kernel(
     column = tl.program_id(0) % columns  # neighbours share the DRAM page of a position
     chunk = tl.program_id(0) // columns % chunks
     n = (tl.program_id(0) // columns // chunks).to(tl.int64)
-    first_group, channel, real = span_of(column, channels, GROUP_CHANNELS, SPAN_GROUPS, SPLITS, BLOCK_C)
+    first_group, channel, real = span_of(column, channels, group_channels, span_groups, span, SPLITS, BLOCK_C)
     addend = load_channels(addend_ptr, n * channels + channel, real, 0.0)[None, :]
     row = chunk * chunk_rows
     rows = tl.minimum(chunk_rows, spatial - row)
@@ -334,19 +340,19 @@ def _group_norm_silu_spans_stats_kernel(
     m2 = tl.sum(squares, axis=0) - rest * rest * count
     mean = shift + rest
 
-    member = members(channel, real, first_group, GROUP_CHANNELS, BLOCK_G)  # [G, C]
+    member = members(channel, real, first_group, group_channels, BLOCK_G)  # [G, C]
     count = tl.where(member, count[None, :], 0.0)
     mean = tl.where(member, mean[None, :], 0.0)
     count, mean, m2 = merge_moments(count, mean, tl.where(member, m2[None, :], 0.0), 1)
     group = first_group + tl.arange(0, BLOCK_G)
-    owned = (tl.arange(0, BLOCK_G) < SPAN_GROUPS) & (group < groups)
+    owned = (tl.arange(0, BLOCK_G) < span_groups) & (group < groups)
     target = partial_ptr + (n * groups + group) * (chunks * SPLITS) + chunk * SPLITS + column % SPLITS
     tl.store(target, count, mask=owned)
     tl.store(target + plane, mean, mask=owned)
     tl.store(target + 2 * plane, m2, mask=owned)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_OF_SPANS)
 def _group_norm_silu_spans_apply_kernel(
     x_ptr,  # [N, S, C]
     weight_ptr,
@@ -365,7 +371,8 @@ def _group_norm_silu_spans_apply_kernel(
     chunk_rows,
     chunks,
     partials,
-    GROUP_CHANNELS: tl.constexpr,
+    group_channels,
+    touched,  # groups that BLOCK_C channels belong to
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -379,20 +386,21 @@ def _group_norm_silu_spans_apply_kernel(
     n = (program // columns // chunks).to(tl.int64)
     channel = column * BLOCK_C + tl.arange(0, BLOCK_C)
     real = channel < channels
-    first_group = column * BLOCK_C // GROUP_CHANNELS
+    first_group = column * BLOCK_C // group_channels
     group = first_group + tl.arange(0, BLOCK_G)
     part = tl.arange(0, BLOCK_P)
     pointers = partial_ptr + (n * groups + group)[:, None] * partials + part[None, :]
-    count, mean, m2 = _load_moments(pointers, plane, (group < groups)[:, None] & (part < partials)[None, :])
+    there = (group < groups) & (tl.arange(0, BLOCK_G) < touched)
+    count, mean, m2 = _load_moments(pointers, plane, there[:, None] & (part < partials)[None, :])
     count, mean, m2 = merge_moments(count, mean, m2, 1)
     rstd = inverse_deviation(m2, tl.maximum(count, 1.0), eps)
     if chunk == 0:  # a group belongs to the program that has its first channel
-        start = group * GROUP_CHANNELS
+        start = group * group_channels
         owned = (group < groups) & (start >= column * BLOCK_C) & (start < (column + 1) * BLOCK_C)
         tl.store(mean_ptr + n * groups + group, mean, mask=owned)
         tl.store(rstd_ptr + n * groups + group, rstd, mask=owned)
 
-    member = members(channel, real, first_group, GROUP_CHANNELS, BLOCK_G)
+    member = members(channel, real, first_group, group_channels, BLOCK_G)
     scale = spread(rstd, member) * load_channels(weight_ptr, channel, real, 1.0)
     bias = load_channels(bias_ptr, channel, real, 0.0)
     shift = spread(mean, member) - load_channels(addend_ptr, n * channels + channel, real, 0.0)
@@ -430,7 +438,7 @@ def _rows_launches(batch, channels, spatial, groups, silu):
     stats |= {"chunk_rows": cut.chunk, "chunks": cut.chunks}
     finer = cut_rows(batch, channels, spatial, groups, finer=2)
     apply = stats | {"groups": groups, "partials": cut.chunks, "chunk_rows": finer.chunk, "chunks": finer.chunks}
-    apply |= {"BLOCK_P": triton.next_power_of_2(cut.chunks), "SILU": silu}
+    apply |= {"BLOCK_P": partials_block(cut.chunks), "SILU": silu}
     return (
         Launch(_group_norm_silu_rows_stats_kernel, (batch * groups * cut.chunks,), stats, 8),
         Launch(_group_norm_silu_rows_apply_kernel, (batch * groups * finer.chunks,), apply, 8),
@@ -439,9 +447,9 @@ def _rows_launches(batch, channels, spatial, groups, silu):
 
 def _spans_launches(batch, channels, spatial, groups, itemsize, silu):
     cut = cut_spans(batch, channels, spatial, groups, itemsize)
-    sizes = {"spatial": spatial, "channels": channels, "groups": groups, "GROUP_CHANNELS": channels // groups}
-    span = {"columns": cut.columns, "SPAN_GROUPS": cut.groups, "BLOCK_C": cut.width}
-    span["BLOCK_G"] = triton.next_power_of_2(cut.groups)
+    sizes = {"spatial": spatial, "channels": channels, "groups": groups, "group_channels": channels // groups}
+    span = {"columns": cut.columns, "span_groups": cut.groups, "span": cut.groups * (channels // groups)}
+    span |= {"BLOCK_C": cut.width, "BLOCK_G": groups_block(cut.groups)}
     held = triton.next_power_of_2(spatial) * cut.width
     if cut.splits == 1 and fits(held, batch * cut.columns, SPANS):
         block = {"BLOCK_R": triton.next_power_of_2(spatial), "SILU": silu}
@@ -453,7 +461,7 @@ def _spans_launches(batch, channels, spatial, groups, itemsize, silu):
     sizes["plane"] = batch * groups * cut.partials
     stats = {"SPLITS": cut.splits, "chunk_rows": cut.chunk, "chunks": cut.chunks, "BLOCK_R": cut.block}
     apply = elementwise_columns(batch, channels, spatial, groups)
-    apply |= {"partials": cut.partials, "BLOCK_P": triton.next_power_of_2(cut.partials), "SILU": silu}
+    apply |= {"partials": cut.partials, "BLOCK_P": partials_block(cut.partials), "SILU": silu}
     return (
         Launch(_group_norm_silu_spans_stats_kernel, (batch * cut.columns * cut.chunks,), sizes | span | stats, 8),
         Launch(_group_norm_silu_spans_apply_kernel, (batch * apply["columns"] * apply["chunks"],), sizes | apply, 8),

@@ -20,6 +20,7 @@ extension: .venv/installed
 bench: .venv/installed
 	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.host_cost
 	$(BIN)/python -m benchmarks.report --plots benchmarks/results/plots
 
 # CNKERNELS_BUILD=0: compiling the CUDA kernels takes minutes, and nothing here but `extension` asks for them.

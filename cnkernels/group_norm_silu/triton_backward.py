@@ -541,7 +541,7 @@ def _sum_parts(pointers, samples, parts, per_sample, stride, mask, BLOCK_P: tl.c
 
 
 def parameter_channels(channels: int) -> int:
-    """Channels of one program of the parameters: few enough to occupy at least half of a large GPU."""
+    """Channels of one program of the parameters: few enough for half as many programs as a large GPU runs at once."""
     block = 64
     while block > 4 and triton.cdiv(channels, block) < 66:
         block //= 2

@@ -1,0 +1,70 @@
+"""What the host does, held by counts that no clock disturbs; in a process of its own, without Triton's interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("diffusers")
+
+PROGRAM = """
+import cProfile, json, pstats
+import torch
+from benchmarks import host_cost, stub_gpu
+
+torch.set_num_threads(1)
+
+
+def python_calls(step):
+    step(), step()
+    profile = cProfile.Profile()
+    profile.runcall(step)
+    return pstats.Stats(profile).prim_calls
+
+
+with stub_gpu.installed(90), stub_gpu.no_arithmetic(), host_cost.hints_given():
+    calls = {name: python_calls(step) for name, step in host_cost.step_calls(training=False).items()}
+compiled = []
+with stub_gpu.installed(90, compiled):
+    steps = host_cost.FirstSteps(False, torch.channels_last, compiled)
+    kernels = [steps.step(*size) for size in host_cost.FIRST_STEPS[False]]
+launched = []
+with stub_gpu.installed(90, really=True):
+    import cnkernels
+
+    stub_gpu.Launcher.__call__ = lambda self, *arguments: launched.append(arguments)
+    x = torch.zeros(4, 32)
+    for _ in range(3):
+        cnkernels.geglu(x)
+ends = [tuple(a if isinstance(a, (int, float, str)) else type(a).__name__ for a in call[9:]) for call in launched]
+places = [call[:4] for call in launched]
+print(json.dumps({"calls": calls, "kernels": kernels, "ends": ends, "places": places}))
+"""
+
+
+@pytest.fixture(scope="module")
+def found():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_denoise_step_makes_few_python_calls(found):
+    """1.06 of diffusers' today, which spends more on each: three quarters of ours look up a plan and launch."""
+    assert found["calls"]["ours"] <= 1.15 * found["calls"]["diffusers"]
+
+
+def test_a_first_step_compiles_few_kernels(found):
+    first, other_batch, other_size = found["kernels"]
+    assert first <= 24 and other_batch <= 2 and other_size <= 6
+
+
+def test_a_bound_launch_gives_the_compiled_kernel_what_triton_s_own_launch_gives(found):
+    assert len(found["ends"]) == 3
+    assert found["ends"][1] == found["ends"][2] == found["ends"][0]
+    assert found["places"][1] == found["places"][0]

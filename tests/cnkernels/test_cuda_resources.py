@@ -181,7 +181,7 @@ BOUNDS = {
     "attention dk dv 40": Bound(rf"attention_bwd_dkdv_kernel.*{_F16}Li40E.*Lb1ELb1E", 1, 480, tensor=88, mufu=32),
     # Tiles of 64x64 took 15 and more for an HMMA on their fast path alone.
     "zero_conv_add": Bound(rf"zero_conv_add_fwd_kernel.*{_F16}", 40, 3.5, tensor=40),
-    "zero_conv_add dx": Bound(rf"zero_conv_add_bwd_dx_kernel.*{_F16}", 40, 3.5, tensor=40),
+    "zero_conv_add dx": Bound(rf"zero_conv_add_bwd_dx_kernel.*{_F16}", 40, 4.0, tensor=40),
     "zero_conv_add dweight": Bound(rf"zero_conv_add_bwd_dweight_kernel.*{_F16}", 40, 3.5, tensor=40),
     # Of an element: unpack, shift, scale, two MUFU and three products for SiLU, half a pack, and 1/8 of two accesses.
     "group norm apply": Bound(rf"group_norm_silu_fwd_apply_kernel.*{_F16}Lb[01]ELi8E", 32, 14, mufu=64),

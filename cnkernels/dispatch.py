@@ -141,6 +141,7 @@ def select(
     head_dim: int | None = None,
     size: int | None = None,
     direction: str = "forward",
+    first: str | None = None,
 ) -> str:
     """The name of the backend that serves such a call.
 
@@ -151,6 +152,7 @@ def select(
     Args:
         size: `size_of` the call, where it is known.
         direction: "forward" or "backward".
+        first: a backend that "auto" on a GPU tries before all others, in half precision.
     """
     forced = current()
     if forced != "auto":
@@ -161,6 +163,8 @@ def select(
     order = _order(op, device, dtype)
     entry = None if size is None else findings.measured(op, device, dtype, size, head_dim, direction)
     order = order if entry is None else (entry["backend"], *order)
+    if first is not None and device.type == "cuda" and dtype.itemsize == 2:
+        order = (first, *order)
     serving = [name for name in order if why_not(op, name, device, dtype, head_dim) is None]
     return next((name for name in serving if not findings.wrong(op, name, device, dtype)), serving[-1])
 
@@ -177,6 +181,7 @@ def implementation(
     *,
     head_dim: int | None = None,
     direction: str = "forward",
+    first: str | None = None,
 ) -> ModuleType:
     """The module of kernels that serves a call of `op`: it has `<op>_fwd` and `<op>_bwd`.
 
@@ -185,6 +190,7 @@ def implementation(
         other: the second, which attention wants: k.
         head_dim: of attention.
         direction: "forward" or "backward".
+        first: as for `select`.
     """
-    name = select(op, x.device, x.dtype, head_dim, size_of(op, x, other), direction)
+    name = select(op, x.device, x.dtype, head_dim, size_of(op, x, other), direction, first)
     return importlib.import_module(f"cnkernels.{op}.{_MODULES[name]}")

@@ -41,8 +41,11 @@ def _validate(layers: Sequence[tuple]) -> None:
 
 
 def _kernels(xs: Iterable[Tensor], direction: str = "forward") -> ModuleType:
-    """Those that serve the largest layer serve the group."""
-    return dispatch.implementation(_OP, max(xs, key=Tensor.numel), direction=direction)
+    """Those that serve the largest layer serve the group; several layers are one launch in CUDA."""
+    xs = list(xs)
+    return dispatch.implementation(
+        _OP, max(xs, key=Tensor.numel), direction=direction, first="cuda" if len(xs) > 1 else None
+    )
 
 
 def _of_layers(layers: Sequence[tuple], tensors: int) -> tuple:

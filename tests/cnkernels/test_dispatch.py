@@ -1,3 +1,4 @@
+import functools
 import re
 import subprocess
 import sys
@@ -48,6 +49,18 @@ def test_a_measured_table_is_followed_where_its_backend_can_serve(ampere, monkey
         assert dispatch.select("attention", GPU, torch.float16, head_dim=40, size=900) == "cuda"
         assert dispatch.select("attention", GPU, torch.float16, head_dim=48, size=900) == "triton"  # cuda has no 48
         assert dispatch.select("attention", GPU, torch.bfloat16, head_dim=40, size=900) == "triton"
+
+
+def test_the_exits_of_a_controlnet_go_to_the_backend_that_launches_them_at_once(ampere, monkeypatch):
+    with cnkernels.backend("auto"):
+        select = functools.partial(dispatch.select, "zero_conv_add", GPU, size=1000)
+        assert select(torch.float16) == "triton"
+        assert select(torch.float16, first="cuda") == "cuda"
+        assert select(torch.float32, first="cuda") == "aten"
+        monkeypatch.setattr(dispatch.extension, "why_absent", lambda device: "not built")
+        assert select(torch.float16, first="cuda") == "triton"
+    with cnkernels.backend("triton"):
+        assert select(torch.float16, first="cuda") == "triton"
 
 
 def test_an_old_gpu_gets_pytorch_s_kernels(ampere, monkeypatch):

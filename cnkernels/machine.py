@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from cnkernels.version import __version__
+
 Identity = dict[str, str | None]
 
 
@@ -63,6 +65,6 @@ def identity(device: torch.device) -> Identity:
         "driver": driver() if device.type == "cuda" else None,
         "torch": torch.__version__,
         "triton": version("triton"),
-        "cnkernels": version("cnkernels"),
+        "cnkernels": __version__,
         "extension": extension_hash() if device.type == "cuda" else None,
     }

@@ -11,6 +11,7 @@ _EXPORTS = {
     "CheckpointError": "controlnet.checkpoints.errors",
     "ControlNet": "controlnet.model.controlnet",
     "UNet": "controlnet.model.unet",
+    "__version__": "cnkernels.version",
     "accelerate": "controlnet.diffusers",
     "add_control": "controlnet.checkpoints.convert",
     "convert": "controlnet.checkpoints.convert",

@@ -1,0 +1,104 @@
+"""What the documentation says can be done: links lead somewhere, snippets and examples run."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"])
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"https?:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        destination = (page.parent / file).resolve() if file else page
+        assert destination.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in headings(destination), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_modules_that_commands_name_are_there(page):
+    import importlib.util
+
+    for module in set(re.findall(r"python -m ((?:controlnet|cnkernels|benchmarks|tests)[\w.]*)", page.read_text())):
+        assert importlib.util.find_spec(module), f"{page.name}: python -m {module}"
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_examples_run(example, tmp_path):
+    if example.name != "kernels.py":
+        pytest.importorskip("diffusers")
+    done = subprocess.run(
+        [sys.executable, example], cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def snippets(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def test_the_readme_s_kernels_run():
+    [snippet] = [text for text in snippets(ROOT / "README.md") if "import cnkernels" in text]
+    names: dict = {}
+    exec(snippet, names)
+    assert torch.equal(names["z"], names["x"])  # a zero convolution adds nothing yet
+    assert names["out"].shape == (2, 256, 8, 40) and names["g"].shape == (2, 256, 1280)
+
+
+def test_the_readme_s_line_for_diffusers_runs(monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    from tests.controlnet import diffusers_models as models
+
+    [snippet] = [text for text in snippets(ROOT / "README.md") if "the line" in text]
+    pipe = models.pipeline()
+    kind = type(pipe)
+    call = kind.__call__
+    asked = []
+
+    def with_states(self, prompt, image):
+        asked.append(prompt)
+        return call(self, image=image, num_inference_steps=1, output_type="np", **models.prompt())
+
+    monkeypatch.setattr(diffusers.ControlNetModel, "from_pretrained", lambda name, **options: pipe.controlnet)
+    monkeypatch.setattr(kind, "from_pretrained", lambda name, controlnet, **options: pipe)
+    monkeypatch.setattr(kind, "to", lambda self, device: self)
+    monkeypatch.setattr(kind, "__call__", with_states)
+    names = {"segmentation_map": models.image()}
+    exec(snippet, names)
+    assert asked == ["a street at night"] and names["image"].shape == (64, 64, 3)
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def test_both_packages_have_the_distribution_s_version():
+    import tomllib
+
+    import cnkernels
+    import controlnet
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "cnkernels.version.__version__"}
+    assert cnkernels.__version__ == controlnet.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+", cnkernels.__version__)
+    assert (ROOT / "README.md").read_text().startswith(f"# {project['project']['name']}\n")

@@ -188,6 +188,7 @@ SCHEMA: dict[str, Any] = {
         "use_ema": flag(False, "as exp_manager.ema.enable"),
         "fused_opt": only(True, "the optimizer is one fused kernel"),
         "channels_last": flag(False, "memory format of the model"),
+        "tune": flag(False, "check and measure the kernels of a step at its start (cnkernels.tune); not with inductor"),
         "inductor": flag(False, "compile the step with TorchInductor"),
         "inductor_cudagraphs": flag(False, "with inductor: its mode reduce-overhead, which replays CUDA graphs"),
         "capture_cudagraph_iters": only(-1, "training captures no CUDA graph"),

@@ -32,6 +32,11 @@ def apply(cfg: Any, given: Mapping[str, Any]) -> None:
     _strategy(cfg)
     _checkpoints(cfg)
     _parts(cfg, given)
+    if cfg.model.tune and cfg.model.inductor:
+        raise ConfigError(
+            "model.tune and model.inductor are both true; tune in a short run of its own (trainer.max_steps=1): what it"
+            " measures is kept for this machine"
+        )
     if (cfg.model.nsys_profile or {}).get("enabled"):
         raise ConfigError(
             "model.nsys_profile.enabled is true; start the profiler from outside: nsys profile python -m"

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cnkernels import findings
+from cnkernels.tune import first_call
 from controlnet.config import ConfigError, dtype
 from controlnet.model.controlled import ControlledUNet
 from controlnet.model.diffusion import DiffusionLoss, NoiseSchedule
@@ -108,6 +110,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.loss = DiffusionLoss(self.model, self.schedule)
         self.sensitivity = Sensitivity(self.model, self.schedule)
+        if cfg.tune and self.world.is_first:
+            first_call.at_first_call(self.loss)
         if cfg.inductor:
             mode = "reduce-overhead" if cfg.inductor_cudagraphs else None
             self.loss.compile(mode=mode)
@@ -131,6 +135,8 @@ class Trainer:
             with self.world.failing_together():
                 with self.stop.nothing_to_save() if compiling else contextlib.nullcontext():
                     self._advance()
+                if self.cfg.model.tune:
+                    findings.forget()  # the first rank has measured in the first step, and all read it
                 while not self._over():
                     self._advance()
                 self.world.at("its last checkpoint")

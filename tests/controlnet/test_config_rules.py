@@ -80,6 +80,7 @@ def test_another_name_of_the_optimizer_is_said_once(name, caplog):
         ),
         (["model.channels=8"], "model.channels is 8 and model.unet_config.in_channels 4"),
         (["model.nsys_profile.enabled=True"], "nsys profile python -m controlnet.train"),
+        (["model.tune=True", "model.inductor=True"], "model.tune and model.inductor"),
         (["model.tensor_model_parallel_size=2"], "tensor_model_parallel_size is 2; only 1 is possible"),
         (["model.fused_opt=False"], "model.fused_opt"),
         (["model.v_posterior=0.5"], "model.v_posterior"),

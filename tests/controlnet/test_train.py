@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cnkernels import cache, findings, machine
 from controlnet import train
 from controlnet.config import ConfigError
 from controlnet.training.distributed import StopRequest, World, start
@@ -173,6 +174,20 @@ class TestVariants:
         plain = fit(tmp_path / "plain", *tiny_run.LINEAR)
         variant = fit(tmp_path / "variant", *tiny_run.LINEAR, *overrides)
         tiny_run.assert_same_weights(plain, tiny_run.weights(variant))
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="looks at what is measured on a CPU")
+    def test_tune_measures_the_first_step_and_changes_nothing(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("CNKERNELS_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("cnkernels.check.ensure", lambda ops, dtypes, device: [])  # has tests of its own
+        findings.forget()
+        plain = fit(tmp_path / "plain", *tiny_run.LINEAR)
+        variant = fit(tmp_path / "variant", *tiny_run.LINEAR, "model.tune=True")
+        tiny_run.assert_same_weights(plain, tiny_run.weights(variant))
+        record = cache.read(machine.identity(torch.device("cpu")))
+        monkeypatch.undo()
+        findings.forget()
+        directions = {(op, e["direction"]) for op, entries in record["choices"].items() for e in entries}
+        assert directions >= {("attention", "forward"), ("attention", "backward"), ("group_norm_silu", "backward")}
 
     def test_inductor_compiles_the_loss_in_one_piece(self, tmp_path, monkeypatch):
         """Traced and differentiated as a whole; Inductor's own code generation, minutes on a CPU, is left out."""

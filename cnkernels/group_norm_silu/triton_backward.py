@@ -34,6 +34,7 @@ from cnkernels.group_norm_silu.triton_common import (
     spread,
     warps_for,
 )
+from cnkernels.group_norm_silu.triton_parameters import parameters_launch
 from cnkernels.launch import Launch
 
 
@@ -473,99 +474,16 @@ def _group_norm_silu_spans_dx_kernel(
         base += BLOCK_R * channels
 
 
-@triton.jit(do_not_specialize=[*RUNTIME_OF_SPANS, "batch", "parts", "stride_part", "channels"])
-def _group_norm_silu_parameter_gradients_kernel(
-    channel_sums_ptr,  # [3, N, C, parts] or [3, N, parts, C]
-    group_sums_ptr,  # [2, N * G, partials]
-    weight_ptr,
-    rstd_ptr,
-    dweight_ptr,  # [C] or None
-    dbias_ptr,  # [C] or None
-    daddend_ptr,  # [N, C] or None
-    channel_plane,
-    group_plane,
-    stride_c,
-    stride_part,
-    batch,
-    spatial,
-    channels,
-    groups,
-    group_channels,
-    parts,
-    partials,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """Adds the channel sums up in a fixed order, for BLOCK_C channels.
-
-    Program 0 of the second axis adds over all samples and parts at once; program n + 1 makes daddend of sample n.
-    """
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    real = channel < channels
-    base = channel_sums_ptr + channel * stride_c
-    n = tl.program_id(1).to(tl.int64) - 1
-    if n < 0:
-        if dweight_ptr is not None:
-            dweight = _sum_parts(base + channel_plane, batch, parts, channels, stride_part, real, BLOCK_P, BLOCK_C)
-            tl.store(dweight_ptr + channel, dweight.to(dweight_ptr.dtype.element_ty), mask=real)
-        if dbias_ptr is not None:
-            dbias = _sum_parts(base, batch, parts, channels, stride_part, real, BLOCK_P, BLOCK_C)
-            tl.store(dbias_ptr + channel, dbias.to(dbias_ptr.dtype.element_ty), mask=real)
-    elif daddend_ptr is not None:
-        base += n * channels * parts
-        dz = _sum_parts(base, 1, parts, channels, stride_part, real, BLOCK_P, BLOCK_C)
-        normed = _sum_parts(base + 2 * channel_plane, 1, parts, channels, stride_part, real, BLOCK_P, BLOCK_C)
-        statistic = n * groups + channel // group_channels
-        sums = group_sums_ptr + statistic * partials
-        count = tl.cast(group_channels, tl.float32) * spatial
-        mean_d = _sum_parts(sums, 1, partials, groups, 1, real, BLOCK_P, BLOCK_C) / count
-        mean_dn = _sum_parts(sums + group_plane, 1, partials, groups, 1, real, BLOCK_P, BLOCK_C) / count
-        rstd = tl.load(rstd_ptr + statistic, mask=real, other=0.0)
-        weight = load_channels(weight_ptr, channel, real, 1.0)
-        daddend = rstd * (weight * dz - spatial * mean_d - normed * mean_dn)
-        target = daddend_ptr + n * channels + channel
-        tl.store(target, daddend.to(daddend_ptr.dtype.element_ty), mask=real)
-
-
-@triton.jit
-def _sum_parts(pointers, samples, parts, per_sample, stride, mask, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """[C]: what lies at `pointers`, summed over samples `per_sample * parts` apart and over parts `stride` apart."""
-    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for start in range(0, samples * parts, BLOCK_P):
-        index = start + tl.arange(0, BLOCK_P)
-        sample = index // parts
-        offset = sample.to(tl.int64) * per_sample * parts + (index - sample * parts) * stride
-        there = (index < samples * parts)[:, None] & mask[None, :]
-        total += tl.load(pointers[None, :] + offset[:, None], mask=there, other=0.0)
-    return tl.sum(total, axis=0)
-
-
-def parameter_channels(channels: int) -> int:
-    """Channels of one program of the parameters: few enough for half as many programs as a large GPU runs at once."""
-    block = 64
-    while block > 4 and triton.cdiv(channels, block) < 66:
-        block //= 2
-    return block
-
-
 def backward_launches(
     batch: int, channels: int, spatial: int, groups: int, itemsize: int, channels_last: bool, silu: bool
 ) -> tuple[Launch, Launch | None, Launch, tuple[int, int]]:
     """The launches for the sums, dx (None: the first does it) and the parameters; partials per group, per channel."""
     plan = _spans_launches if channels_last else _rows_launches
     sums, dx, partials, parts, strides = plan(batch, channels, spatial, groups, itemsize, silu)
-    block = parameter_channels(channels)
-    parameters = {"spatial": spatial, "groups": groups, "group_channels": channels // groups, "channels": channels}
-    parameters |= {"batch": batch, "parts": parts, "partials": partials, **strides}
-    parameters |= {"BLOCK_C": block, "BLOCK_P": 1024 // block}
     planes = {"group_plane": batch * groups * partials, "channel_plane": batch * channels * parts}
-    parameters = Launch(
-        _group_norm_silu_parameter_gradients_kernel,
-        (triton.cdiv(channels, block), 1 + batch),
-        parameters | planes,
-        4,
-        maxnreg=128,
-    )
+    sizes = {"spatial": spatial, "groups": groups, "group_channels": channels // groups, "channels": channels}
+    sizes |= {"batch": batch, "parts": parts, "partials": partials, **strides}
+    parameters = parameters_launch(sizes | planes)
     sums = replace(sums, sizes=sums.sizes | planes)
     if dx is not None:
         dx = replace(dx, sizes=dx.sizes | {"group_plane": planes["group_plane"]})

@@ -17,6 +17,7 @@ from controlnet.model.architecture import Architecture
 from controlnet.model.controlled import ControlledUNet
 from controlnet.model.controlnet import ControlNet
 from controlnet.model.unet import UNet
+from controlnet.sdxl import TextEncoders
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ CLASSES: dict[str, type] = {
     stages.AUTOENCODER: AutoencoderKL,
     stages.SPACE_TO_DEPTH: SpaceToDepth,
     stages.CLIP: CLIPTextEncoder,
+    stages.TWO_CLIPS: TextEncoders,
     stages.WORDS: WordEmbedder,
 }
 
@@ -77,8 +79,10 @@ def build_conditioning(config: Mapping[str, Any], *, weights: bool = True, preci
         if node.get("precision") is None and "precision" in stages.ARGUMENTS[canonical_target(node["_target_"])]:
             node["precision"] = _without_overflow(precision) if part == "first_stage" else precision
         stage = built[part] = instantiate(node)
-        if part in parts and config[flag] and hasattr(stage, "load"):
-            stage.load(checkpoints.part_tensors(path, part), path)
+        held = [name for name in getattr(stage, "parts", (part,)) if name in parts]
+        if held and config[flag] and hasattr(stage, "load"):
+            for name in held:
+                stage.load(checkpoints.part_tensors(path, name), path)
         elif weights and node["_target_"].endswith("AutoencoderKL") and not node.get("from_pretrained"):
             raise ConfigError(f"model.{key}.from_pretrained is not given; expected the file or folder of its weights")
     if isinstance(built["first_stage"], AutoencoderKL):
@@ -213,6 +217,17 @@ def check_copy(unet: Architecture, control: Architecture) -> None:
             )
 
 
+def check_vector(given: int | None, taken: int | None, what: str) -> None:
+    """Raises ConfigError unless the condition stage gives the vector y that the U-Net takes, of so many channels."""
+    if given != taken:
+        stage = "no vector y" if given is None else f"a vector y of {given} channels"
+        raise ConfigError(
+            f"{what} is {taken}; expected {given}: the condition stage gives {stage}"
+            " (controlnet.sdxl.TextEncoders gives Stable Diffusion XL's, 2816: the pooled prompt's 1280 and 256 of each"
+            " of six time ids)"
+        )
+
+
 def _check_stages(conditioning: Conditioning, config: Mapping[str, Any]) -> None:
     unet, control = config["unet_config"], config["control_stage_config"]
     if conditioning.latent_channels != unet["in_channels"]:
@@ -226,6 +241,7 @@ def _check_stages(conditioning: Conditioning, config: Mapping[str, Any]) -> None
             f"model.unet_config.context_dim is {context_dim}; expected {conditioning.context_dim}, the features of the"
             " condition stage's context"
         )
+    check_vector(conditioning.vector_channels, unet.get("adm_in_channels"), "model.unet_config.adm_in_channels")
     hint_factor = 2 ** (len(control.get("hint_block_channels", (16, 32, 96, 256))) - 1)
     if conditioning.factor != hint_factor:
         raise ConfigError(

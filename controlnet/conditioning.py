@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from controlnet import checkpoints
 from controlnet.config import dtype, refuse_unknown
 from controlnet.extras import require
+from controlnet.model.layers import sinusoids
 
 DDCONFIG = (
     "ch", "ch_mult", "num_res_blocks", "z_channels", "in_channels", "out_ch", "attn_resolutions", "resolution",
@@ -18,19 +19,26 @@ DDCONFIG = (
 )  # fmt: skip
 
 
+TIME_ID_CHANNELS = 256  # of the sinusoids of each of Stable Diffusion XL's six time ids
+
+
 class Conditioning(nn.Module):
     """First stage and condition stage, frozen: what turns images and captions into what the U-Net is trained on.
 
         latents = scale_factor * first_stage.encode(images);  context = cond_stage(tokenize(captions))
 
+    A condition stage with a pooled vector, as Stable Diffusion XL's, gives the U-Net a vector y beside the context:
+
+        context, pooled = cond_stage(tokenize(captions));  y = [pooled, sinusoids(time_ids, 256)]
+
     Arguments:
         first_stage: `AutoencoderKL` or `SpaceToDepth`.
-        cond_stage: `CLIPTextEncoder` or `WordEmbedder`.
+        cond_stage: `CLIPTextEncoder`, `WordEmbedder` or `sdxl.TextEncoders`.
         scale_factor: brings the latents to about unit variance.
 
     Each stage computes in its own precision, whatever autocast says, and answers in float32. There are no gradients,
-    and `train()` leaves it in evaluation mode. `tokenize` is the condition stage's: captions -> int64 [N, T] on the
-    CPU, a small object of its own, which workers of a data loader take along.
+    and `train()` leaves it in evaluation mode. `tokenize` is the condition stage's: captions -> int64 [N, T] (of two
+    text encoders [N, 2, T]) on the CPU, a small object of its own, which workers of a data loader take along.
     """
 
     def __init__(self, first_stage: nn.Module, cond_stage: nn.Module, scale_factor: float = 1.0):
@@ -39,7 +47,7 @@ class Conditioning(nn.Module):
         self.cond_stage = cond_stage
         self.scale_factor = scale_factor
         self.tokenize = cond_stage.tokenize
-        self._no_caption: Tensor | None = None  # tokens [1, T] of the empty caption, made when first asked for
+        self._no_caption: Tensor | None = None  # tokens of the empty caption, [1, ...], made when first asked for
         self.requires_grad_(False)
         self.eval()
 
@@ -55,6 +63,12 @@ class Conditioning(nn.Module):
     @property
     def context_dim(self) -> int:
         return self.cond_stage.context_dim
+
+    @property
+    def vector_channels(self) -> int | None:
+        """Channels of y, 2816 for Stable Diffusion XL; None for a condition stage without a pooled vector."""
+        pooled = getattr(self.cond_stage, "pooled_dim", None)
+        return None if pooled is None else pooled + 6 * TIME_ID_CHANNELS
 
     @property
     def device(self) -> torch.device:
@@ -91,17 +105,40 @@ class Conditioning(nn.Module):
         with torch.autocast(latents.device.type, enabled=False):
             return self.first_stage.decode(latents.float() / self.scale_factor).float().clamp(-1, 1)
 
-    @torch.no_grad()
     def context(self, captions: Sequence[str] | Tensor) -> Tensor:
-        """The context, float32 [N, T, context_dim], of captions or of their tokens int64 [N, T].
+        """The context, float32 [N, T, context_dim], of captions or of their tokens, int64.
 
         The empty caption is the unconditional one.
         """
+        return self._text(captions)[0]
+
+    def condition(self, captions: Sequence[str] | Tensor, time_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The context as `context` gives it, and y, float32 [N, vector_channels]; None for a stage without one.
+
+        Arguments:
+            time_ids: [N, 6], height and width of the original image, top and left of the crop, height and width of the
+                result. Not read by a stage without a pooled vector.
+        """
+        context, pooled = self._text(captions)
+        return context, None if pooled is None else self._vector(pooled, time_ids)
+
+    @torch.no_grad()
+    def _text(self, captions: Sequence[str] | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Context and pooled vector (None for a stage without one), float32."""
         if isinstance(captions, str):
             raise TypeError(f"captions is the one text {captions!r}; expected a list of texts")
         tokens = captions if isinstance(captions, Tensor) else self.tokenize(list(captions))
         with torch.autocast(self.device.type, enabled=False):
-            return self.cond_stage(_sent(tokens, self.device)).float()
+            answer = self.cond_stage(_sent(tokens, self.device))
+        if isinstance(answer, Tensor):
+            return answer.float(), None
+        context, pooled = answer
+        return context.float(), pooled.float()
+
+    def _vector(self, pooled: Tensor, time_ids: Tensor) -> Tensor:
+        if time_ids.shape != (len(pooled), 6):
+            raise ValueError(f"time_ids is {list(time_ids.shape)}; expected [{len(pooled)}, 6]")
+        return torch.cat([pooled, sinusoids(_sent(time_ids, self.device), TIME_ID_CHANNELS)], dim=1)
 
     def batch_latents(self, batch: Mapping[str, Any], generator: torch.Generator | None = None) -> Tensor:
         """The latents of a batch of images, or of a cached one; nothing waits for the device.
@@ -121,16 +158,33 @@ class Conditioning(nn.Module):
         """The context of a batch; nothing waits for the device.
 
         Args:
-            batch: "states" [N, T, D] and "no_caption" [T, D], cached; or "tokens" int64 [N, T]; or "captions".
+            batch: "states" [N, T, D] and "no_caption" [T, D], cached; or "tokens", int64 [N, T] or [N, 2, T]; or
+                "captions".
             dropped: bool [N] on the CPU; these captions are replaced by the empty one.
+        """
+        return self.batch_condition(batch, dropped)[0]
+
+    def batch_condition(self, batch: Mapping[str, Any], dropped: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The context of a batch and its vector y; nothing waits for the device.
+
+        A dropped caption takes its pooled vector with it, and leaves the time ids as they are.
+
+        Args:
+            batch: as `batch_context`, with "time_ids" [N, 6] for a stage that has a pooled vector.
+            dropped: as `batch_context`.
         """
         if "states" in batch:
             states, empty = (_sent(batch[name], self.device).float() for name in ("states", "no_caption"))
-            return torch.where(_sent(dropped, self.device)[:, None, None], empty, states)
+            return torch.where(_sent(dropped, self.device)[:, None, None], empty, states), None
         tokens = batch["tokens"] if "tokens" in batch else self.tokenize(batch["captions"])
         if self._no_caption is None:
             self._no_caption = self.tokenize([""])
-        return self.context(torch.where(dropped[:, None], self._no_caption, tokens))
+        tokens = torch.where(dropped.view(-1, *(1,) * (tokens.dim() - 1)), self._no_caption, tokens)
+        if self.vector_channels is None:
+            return self.context(tokens), None
+        if "time_ids" not in batch:
+            raise ValueError(f"the batch has {', '.join(batch)}; expected time_ids, [N, 6], too")
+        return self.condition(tokens, batch["time_ids"])
 
 
 def _noise_like(mean: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -249,6 +303,11 @@ class CLIPTextEncoder(nn.Module):
     Raises ImportError without transformers; FileNotFoundError when nothing local has that name; ValueError.
     """
 
+    # What a subclass for another encoder changes: transformers' class, a pipeline's subfolders, a checkpoint's part.
+    model_class = "CLIPTextModel"
+    subfolders = ("text_encoder", "tokenizer")
+    part = "cond_stage"
+
     def __init__(
         self,
         version: str = "openai/clip-vit-large-patch14",
@@ -267,11 +326,11 @@ class CLIPTextEncoder(nn.Module):
                 f"layer is {layer!r} with layer_idx {layer_idx!r}; expected 'last', 'penultimate', or 'hidden' with one"
             )
         model, tokenizer = version, version
-        if (Path(version) / "text_encoder").is_dir():
-            model, tokenizer = Path(version) / "text_encoder", Path(version) / "tokenizer"
+        if (Path(version) / self.subfolders[0]).is_dir():
+            model, tokenizer = (Path(version) / name for name in self.subfolders)
         try:
             words = transformers.CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True)
-            self.encoder = transformers.CLIPTextModel.from_pretrained(model, local_files_only=True)
+            self.encoder = getattr(transformers, self.model_class).from_pretrained(model, local_files_only=True)
         except OSError as error:
             raise FileNotFoundError(
                 f"no CLIP text encoder at {version!r}: expected a folder with config.json, weights and tokenizer files,"
@@ -286,11 +345,11 @@ class CLIPTextEncoder(nn.Module):
         self.layer = {"last": None, "penultimate": -2, "hidden": layer_idx}[layer]
         self.normed = layer != "hidden"
         if from_pretrained is not None:
-            self.load(checkpoints.part_tensors(from_pretrained, "cond_stage"), from_pretrained)
+            self.load(checkpoints.part_tensors(from_pretrained, self.part), from_pretrained)
         self.encoder.to(dtype(precision, "precision")).requires_grad_(False).eval()
 
     def load(self, tensors: Mapping[str, Tensor], origin: str) -> None:
-        """Takes the weights of a checkpoint's `cond_stage_model`, whatever the version of transformers called them."""
+        """Takes the weights of a checkpoint's part, whatever the version of transformers called them."""
         renamed = {_clip_name(name): tensor for name, tensor in tensors.items()}
         own = {_clip_name(name): name for name in self.encoder.state_dict()}
         found = {own[name]: tensor for name, tensor in renamed.items() if name in own}

@@ -44,6 +44,11 @@ class Encoder:
     """
 
     def __init__(self, cfg: Any, conditioning: Any, world: World, output: Path, states: bool):
+        if conditioning.vector_channels is not None:
+            raise DataError(
+                "model.cond_stage_config is Stable Diffusion XL's, whose pooled vectors and time ids encoded shards do"
+                " not hold; train on the shards of images"
+            )
         train = cfg.data.train
         if train.augmentations.random_crop_h_w is not None:
             raise DataError(

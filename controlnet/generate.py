@@ -80,9 +80,14 @@ def generate(
     shape = (n, conditioning.latent_channels, height // factor, width // factor)
     seeds = [torch.Generator().manual_seed(request.seed + i) for i in range(n)]
     x_T = torch.cat([torch.randn(1, *shape[1:], generator=seed) for seed in seeds])
-    context = conditioning.context([request.prompt] * n)
+    # Stable Diffusion XL is told of a picture of this size that was not cropped
+    time_ids = torch.tensor([[height, width, 0, 0, height, width]] * n)
+    context, y = conditioning.condition([request.prompt] * n, time_ids)
+    uncond_context, uncond_y = conditioning.condition([request.negative_prompt] * n, time_ids)
     guidance = {
-        "uncond_context": conditioning.context([request.negative_prompt] * n),
+        "uncond_context": uncond_context,
+        "y": y,
+        "uncond_y": uncond_y,
         "hint": hint.expand(n, -1, -1, -1).to(context.device),
         "guidance_scale": request.guidance_scale,
         "scales": control_scales(len(model.control.zero_convs) + 1, request.strength, request.scales),
@@ -159,6 +164,10 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+DESCRIPTION = """Draws images with one or several trained ControlNets.
+
+Stable Diffusion 1, 2 and XL, by the steps of their base models. Not served: ControlNet-Union's control types, and the
+few-step schedulers of distilled models (SDXL-Turbo, Lightning, LCM)."""
 EXAMPLES = """
 python -m controlnet.generate --checkpoint runs/mine --hint map.png --prompt "a house" --num-images 4
 python -m controlnet.generate --checkpoint runs/mine --hint maps/ --prompts prompts.txt --images out/
@@ -171,7 +180,7 @@ python -m controlnet.generate --config controlnet_infer.yaml --base stable-diffu
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.parser("controlnet.generate", __doc__.splitlines()[0], EXAMPLES)
+    parser = command.parser("controlnet.generate", DESCRIPTION, EXAMPLES)
     add = parser.add_argument
     add(
         "--checkpoint",

@@ -10,6 +10,7 @@ from typing import Any
 from controlnet import build, checkpoints, config
 from controlnet.checkpoints import archive, trained
 from controlnet.checkpoints.convert import load as load_parts
+from controlnet.checkpoints.folders import XL_SCALE_FACTOR
 from controlnet.conditioning import AutoencoderKL, CLIPTextEncoder, Conditioning
 from controlnet.config import ConfigError
 from controlnet.data.hints import HintReader
@@ -17,11 +18,13 @@ from controlnet.inference.several import SeveralControlNets
 from controlnet.model.controlled import ControlledUNet
 from controlnet.model.controlnet import ControlNet
 from controlnet.model.diffusion import NoiseSchedule
+from controlnet.sdxl import TextEncoders
 
 logger = logging.getLogger(__name__)
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names
 SCALE_FACTOR = 0.18215  # of Stable Diffusion's latents
+DISTILLED = ("LCMScheduler", "TCDScheduler")  # schedulers of diffusers for models that draw in a few steps
 
 
 @dataclasses.dataclass
@@ -58,7 +61,10 @@ class Origin:
                 raise checkpoints.CheckpointError(f"--base {self.base} holds no U-Net")
             build.check_copy(unet.arch, self.controls[0].arch)
             model = ControlledUNet(unet, self.controls[0])
-            conditioning, schedule = _conditioning_of(self.base), _schedule_of(self.base)
+            is_xl = unet.arch.num_classes is not None
+            conditioning, schedule = _conditioning_of(self.base, is_xl), _schedule_of(self.base)
+            vector = conditioning.vector_channels
+            build.check_vector(vector, unet.arch.adm_in_channels, f"adm_in_channels of --base {self.base}")
         if len(self.paths) > 1:
             controls = [model.control, *(self.controls[number] for number in range(1, len(self.paths)))]
             model.control = SeveralControlNets(controls, self.weights)
@@ -115,6 +121,8 @@ def open_origin(
             raise checkpoints.CheckpointError(f"{paths[0]} holds no ControlNet")
     elif config_file is not None or overrides:
         raise ConfigError("--base takes all from its checkpoint; leave out --config and settings, or --base")
+    if base is not None:
+        _schedule_of(base)  # what is not served is said before weights are loaded
     for number, path in enumerate(paths):
         if number or cfg is None:
             controls[number] = _control(path, base, average)
@@ -154,19 +162,16 @@ def _control(path: Path, base: Path | None, average: bool) -> ControlNet:
     control = load_parts(path, base=base if base != path else None, average=average).control
     if control is None:
         raise checkpoints.CheckpointError(f"{path} holds no ControlNet")
-    if control.arch.num_classes is not None:
-        raise ConfigError(
-            f"{path} is a ControlNet of Stable Diffusion XL, which is not drawn with here; load it into a pipeline of"
-            " diffusers and call controlnet.accelerate on that"
-        )
     return control
 
 
-def _conditioning_of(base: Path) -> Conditioning:
-    """First stage and text encoder of a Stable Diffusion checkpoint."""
+def _conditioning_of(base: Path, is_xl: bool) -> Conditioning:
+    """First stage and text encoders of a Stable Diffusion checkpoint."""
     first_stage = AutoencoderKL(from_pretrained=str(base))
-    text = CLIPTextEncoder(**{"version" if base.is_dir() else "from_pretrained": str(base)})
-    return Conditioning(first_stage, text, first_stage.vae.config.scaling_factor or SCALE_FACTOR)
+    text = TextEncoders if is_xl else CLIPTextEncoder
+    stated = first_stage.vae.config.scaling_factor if base.is_dir() or not is_xl else XL_SCALE_FACTOR  # a file has none
+    where = "version" if base.is_dir() else "from_pretrained"
+    return Conditioning(first_stage, text(**{where: str(base)}), stated or SCALE_FACTOR)
 
 
 def _schedule_of(base: Path) -> NoiseSchedule:
@@ -175,6 +180,12 @@ def _schedule_of(base: Path) -> NoiseSchedule:
     stated = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     prediction = stated.get("prediction_type", "epsilon")
     shape = stated.get("beta_schedule", "scaled_linear")
+    if stated.get("timestep_spacing") == "trailing" or stated.get("_class_name") in DISTILLED:
+        raise ConfigError(
+            f"{file} has {stated.get('_class_name')} with timestep_spacing {stated.get('timestep_spacing')!r}, the"
+            " scheduler of a model made to draw in a few steps (Turbo, Lightning, LCM), which is not served; take the"
+            " base model, or diffusers' pipeline with controlnet.accelerate"
+        )
     if prediction not in PREDICTIONS or shape not in ("scaled_linear", "linear"):
         raise ConfigError(f"{file} has prediction_type {prediction!r}, beta_schedule {shape!r}; use --config instead")
     return NoiseSchedule(

@@ -10,7 +10,7 @@ from controlnet.config.schema import Key, flag, integer, mapping, number, only, 
 
 STAGE = object()  # a node with a _target_, described in `stages.py`
 
-_PLAIN_LOSS = "the loss is the plain mean squared error"
+_PLAIN_LOSS = "the loss is the mean squared error (model.min_snr_gamma weighs it)"
 _ONE = "ranks are data-parallel: each holds the whole model"
 _GRADIENT_BUCKETS = "gradients travel in the buckets of DistributedDataParallel"
 _PICKLED = "a checkpoint is a folder named by its step"
@@ -159,6 +159,12 @@ SCHEMA: dict[str, Any] = {
         "original_elbo_weight": only(0.0, _PLAIN_LOSS),
         "l_simple_weight": only(1.0, _PLAIN_LOSS),
         "loss_type": only("l2", _PLAIN_LOSS),
+        "offset_noise": number(
+            0.0, "strength of training noise that is the same in all of a channel (0.05)", low=0, high=1
+        ),
+        "min_snr_gamma": number(
+            None, "caps the weight of steps with little noise (usually 5); null weighs all alike", above=0
+        ),
         "learn_logvar": only(False, _PLAIN_LOSS),
         "logvar_init": only(0.0, _PLAIN_LOSS),
         "clip_denoised": silent(True, "latents are never clipped"),

@@ -11,16 +11,16 @@ AUTOENCODER = "controlnet.conditioning.AutoencoderKL"
 SPACE_TO_DEPTH = "controlnet.conditioning.SpaceToDepth"
 CLIP = "controlnet.conditioning.CLIPTextEncoder"
 WORDS = "controlnet.conditioning.WordEmbedder"
+TWO_CLIPS = "controlnet.sdxl.TextEncoders"
 
 STAGES: dict[str, tuple[str, ...]] = {
     "unet_config": (UNET,),
     "control_stage_config": (CONTROLNET,),
     "first_stage_config": (AUTOENCODER, SPACE_TO_DEPTH),
-    "cond_stage_config": (CLIP, WORDS),
+    "cond_stage_config": (CLIP, WORDS, TWO_CLIPS),
 }
 
 _WIDTH = 65536  # more channels than any layer has; refused before anything is built
-_SDXL = "no vector stands beside the timestep in training: Stable Diffusion 1.x and 2.x are trained, XL is not"
 _count = integer(..., "", low=1, high=_WIDTH)
 
 _NETWORK: dict[str, Key] = {
@@ -68,9 +68,11 @@ _NETWORK: dict[str, Key] = {
     "use_checkpoint": flag(False, "recompute activations in backward: less memory, more time"),
     "use_flash_attention": flag(True, "fused attention; false keeps the score matrix in memory"),
     "dims": only(2, "pictures have two dimensions"),
-    "num_classes": only(None, _SDXL),
+    "num_classes": text(
+        None, "sequential: a vector y joins the timestep (Stable Diffusion XL)", choices=("sequential",)
+    ),
     "n_embed": only(None, "there is no codebook"),
-    "adm_in_channels": only(None, _SDXL),
+    "adm_in_channels": integer(None, "channels of y, with num_classes", low=1, high=_WIDTH),
     "resblock_gn_groups": only(None, "group norm has 32 groups", 32),
     "transformer_depth_middle": integer(None, "of the middle block (default that of the last level)", low=1, high=16),
     "lora_network_alpha": only(None, "there is no LoRA"),
@@ -148,6 +150,17 @@ ARGUMENTS: dict[str, dict[str, Key]] = {
         "precision": _precision,
         **_FROZEN,
     },
+    TWO_CLIPS: {
+        "version": text(
+            "openai/clip-vit-large-patch14", "a pipeline's folder, or the first encoder, as of CLIPTextEncoder"
+        ),
+        "version_2": text(None, "the second encoder (default the pipeline's, or OpenCLIP's ViT-bigG in the cache)"),
+        "max_length": integer(77, "tokens of the context", low=1, high=4096),
+        "from_pretrained": text(None, "checkpoint whose text encoders replace the folders' weights"),
+        "zeros_for_empty": flag(True, "the empty caption is zeros, as SDXL base was trained; false encodes it"),
+        "precision": _precision,
+        **_FROZEN,
+    },
     WORDS: {
         "vocabulary": several(..., "the words", text(..., "")),
         "dim": integer(..., "features of the context", low=1, high=16384),
@@ -174,6 +187,8 @@ TARGETS: dict[str, str] = {
     "cldm.cldm.ControlNet": CONTROLNET,
     "ldm.modules.diffusionmodules.openaimodel.UNetModel": UNET,
     "ldm.models.autoencoder.AutoencoderKL": AUTOENCODER,
+    "sgm.modules.diffusionmodules.openaimodel.UNetModel": UNET,
+    "sgm.models.autoencoder.AutoencoderKL": AUTOENCODER,
     "ldm.modules.encoders.modules.FrozenCLIPEmbedder": CLIP,
     "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder": CLIP,
     _NEMO_SD + "diffusionmodules.openaimodel.UNetModel": UNET,
@@ -200,8 +215,8 @@ TARGET_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 _SERVED = (
-    "Stable Diffusion XL is not trained here; its checkpoints are converted, and controlnet.accelerate makes its"
-    " pipelines faster. Stable Diffusion 1.x and 2.x are trained (controlnet/configs/sd15_seg.yaml, sd21.yaml)"
+    "Stable Diffusion XL is configured with the same parts as 1.x and 2.x; controlnet/configs/sdxl_seg.yaml has them,"
+    f" with {TWO_CLIPS} for both text encoders"
 )
 # What is known and cannot be built, by the beginning of its name, with the reason.
 REFUSED: dict[str, str] = {

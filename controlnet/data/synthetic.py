@@ -12,7 +12,7 @@ from controlnet.data.shards import DataError
 
 
 class SyntheticLoader:
-    """Stands for `ShardLoader`: uniform noise as image and hint, a function of the sample's number.
+    """Stands for `ShardLoader`: uniform noise as image and hint, a function of the sample's number, not cropped.
 
     Args:
         data: the section `data`; its crop gives the size, `synthetic_data_length` the samples in an epoch.
@@ -59,4 +59,6 @@ class SyntheticLoader:
             hint = torch.rand(self.batch_size, self.hint_channels, *self.size, generator=generator)
             keys = [f"synthetic-{number * self.batch_size + i}" for i in range(self.batch_size)]
             self.next += 1
-            yield {"images": images, "hint": hint, "captions": ["a synthetic sample"] * self.batch_size, "keys": keys}
+            captions = ["a synthetic sample"] * self.batch_size
+            time_ids = torch.tensor([[*self.size, 0, 0, *self.size]] * self.batch_size)
+            yield {"images": images, "hint": hint, "captions": captions, "keys": keys, "time_ids": time_ids}

@@ -52,6 +52,8 @@ def guided(
     context: Tensor,
     *,
     uncond_context: Tensor | None = None,
+    y: Tensor | None = None,
+    uncond_y: Tensor | None = None,
     hint: Tensor | None = None,
     guidance_scale: float = 7.5,
     scales: Scales = 1.0,
@@ -65,6 +67,7 @@ def guided(
 
     Arguments:
         context, uncond_context: [N, T, D] text states of the prompts and of the negative prompts.
+        y, uncond_y: [N, adm_in_channels], their vectors, of a model with `num_classes` (Stable Diffusion XL).
         hint: [N, 3, H, W] in [0, 1], or None for no control.
         scales: strength of the control, one for all outputs or one for each: a number, a tensor [N], or a mask
             [N, 1, h, w] (see `ControlNet.forward`).
@@ -76,6 +79,9 @@ def guided(
     if double and uncond_context.shape != context.shape:
         expected = tuple(context.shape)
         raise ValueError(f"uncond_context is {tuple(uncond_context.shape)}; expected the shape of context, {expected}")
+        if y is not None and (uncond_y is None or uncond_y.shape != y.shape):
+            got = None if uncond_y is None else tuple(uncond_y.shape)
+            raise ValueError(f"uncond_y is {got}; expected the shape of y, {tuple(y.shape)}")
     guided_hint = None
     if hint is not None:
         if hint.shape[0] != batch:
@@ -88,17 +94,18 @@ def guided(
             scales = [scale * factor for scale, factor in zip(every, curve, strict=True)]
     if double:
         context = torch.cat([uncond_context, context])  # [2N, T, D]
+        y = None if y is None else torch.cat([uncond_y, y])
         if guided_hint is not None:
             guided_hint = torch.cat([guided_hint, guided_hint])
             scales = for_both_halves(scales, batch, context.device, conditional_only=guess_mode)
     prepared = model.prepare_context(context)
+    given = {"guided_hint": guided_hint, "scales": scales, **({} if y is None else {"y": y})}
 
     @torch.no_grad()
     def predict(x: Tensor, t: Tensor) -> Tensor:
         if not double:
-            return model(x, t, prepared, guided_hint=guided_hint, scales=scales).float()
-        both = model(torch.cat([x, x]), torch.cat([t, t]), prepared, guided_hint=guided_hint, scales=scales).float()
-        uncond, cond = both.chunk(2)
+            return model(x, t, prepared, **given).float()
+        uncond, cond = model(torch.cat([x, x]), torch.cat([t, t]), prepared, **given).float().chunk(2)
         return uncond + guidance_scale * (cond - uncond)
 
     if graph is False:
@@ -121,6 +128,8 @@ def ddim(
     context: Tensor,
     *,
     uncond_context: Tensor | None = None,
+    y: Tensor | None = None,
+    uncond_y: Tensor | None = None,
     hint: Tensor | None = None,
     guidance_scale: float = 7.5,
     steps: int = 50,
@@ -140,7 +149,7 @@ def ddim(
 
     Arguments:
         shape: [N, C, h, w] of the latents.
-        context, uncond_context, hint, guidance_scale, scales, guess_mode, graph: see `guided`.
+        context, uncond_context, y, uncond_y, hint, guidance_scale, scales, guess_mode, graph: see `guided`.
         steps: number of model evaluations, 1 to schedule.timesteps; which timesteps, see `ddim_timesteps`.
         eta: 0 is deterministic, 1 the variance of DDPM.
         generator: of x_T and of the noise of eta; its device is where they are drawn.
@@ -153,6 +162,8 @@ def ddim(
         model,
         context,
         uncond_context=uncond_context,
+        y=y,
+        uncond_y=uncond_y,
         hint=hint,
         guidance_scale=guidance_scale,
         scales=scales,

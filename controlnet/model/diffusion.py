@@ -117,6 +117,17 @@ class NoiseSchedule(nn.Module):
         signal, sigma = self._coefficients(t, x0)
         return signal * noise - sigma * x0
 
+    def min_snr_weights(self, t: Tensor, gamma: float) -> Tensor:
+        """The weight of each sample's squared error, float32 [N], by min-SNR-gamma (Hang et al., arXiv:2303.09556).
+
+        snr = alpha_bar / (1 - alpha_bar). An error in x_0 weighs min(snr, gamma); one in the noise is snr times, and
+        one in v snr + 1 times as large, hence min(snr, gamma) / snr and min(snr, gamma) / (snr + 1).
+        """
+        alpha_bar = self.alphas_cumprod[t]
+        snr = alpha_bar / (1 - alpha_bar)
+        scale = {"x0": 1.0, "eps": snr, "v": snr + 1}[self.parameterization]
+        return (snr.clamp(max=gamma) / scale).float()
+
     def predict_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The clean latent that a prediction at x_t implies."""
         if self.parameterization == "x0":
@@ -137,14 +148,27 @@ class NoiseSchedule(nn.Module):
 
 
 class DiffusionLoss(nn.Module):
-    """Mean squared error between the prediction at x_t and the schedule's target: what a training step computes."""
+    """Mean squared error between the prediction at x_t and the schedule's target: what a training step computes.
 
-    def __init__(self, model: ControlledUNet, schedule: NoiseSchedule):
+    Arguments:
+        min_snr_gamma: weighs each sample's error as `NoiseSchedule.min_snr_weights` says; None weighs all alike.
+    """
+
+    def __init__(self, model: ControlledUNet, schedule: NoiseSchedule, min_snr_gamma: float | None = None):
         super().__init__()
         self.model = model
         self.schedule = schedule
+        self.min_snr_gamma = min_snr_gamma
 
-    def forward(self, latents: Tensor, hint: Tensor, context: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        hint: Tensor,
+        context: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+    ) -> Tensor:
         """The loss, a float32 scalar.
 
         Arguments:
@@ -153,7 +177,12 @@ class DiffusionLoss(nn.Module):
             context: [N, T, D].
             noise: float32 [N, C, h, w], standard normal.
             timesteps: int64 [N], uniform over the schedule.
+            y: [N, adm_in_channels], of a model with `num_classes` (Stable Diffusion XL).
         """
         x_t = self.schedule.add_noise(latents, noise, timesteps)
-        prediction = self.model(x_t, timesteps, context, hint)
-        return F.mse_loss(prediction.float(), self.schedule.target(latents, noise, timesteps))
+        prediction = self.model(x_t, timesteps, context, hint, y=y)
+        target = self.schedule.target(latents, noise, timesteps)
+        if self.min_snr_gamma is None:
+            return F.mse_loss(prediction.float(), target)
+        errors = F.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)
+        return (self.schedule.min_snr_weights(timesteps, self.min_snr_gamma) * errors).mean()

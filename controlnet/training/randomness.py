@@ -26,6 +26,11 @@ class RandomStreams:
         t = torch.randint(timesteps, (latents.shape[0],), generator=self.generator, device=latents.device)
         return noise, t
 
+    def offset(self, latents: Tensor) -> Tensor:
+        """Standard normal noise that is the same in all places of a channel, [N, C, 1, 1], for offset noise."""
+        shape = (*latents.shape[:2], 1, 1)
+        return torch.randn(shape, generator=self.generator, device=latents.device, dtype=latents.dtype)
+
     def dropped_prompts(self, count: int, rate: float) -> Tensor:
         """Which of `count` captions become the empty one, each with probability `rate`, as guidance needs it.
 

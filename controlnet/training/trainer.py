@@ -108,7 +108,7 @@ class Trainer:
         self.trainable = list(self.model.trainable_parameters())
         self.autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.loss = DiffusionLoss(self.model, self.schedule)
+        self.loss = DiffusionLoss(self.model, self.schedule, cfg.min_snr_gamma)
         self.sensitivity = Sensitivity(self.model, self.schedule)
         if cfg.tune and self.world.is_first:
             first_call.at_first_call(self.loss)
@@ -187,15 +187,17 @@ class Trainer:
             yield None
 
     def _inputs(self, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """latents, hint, context, noise, timesteps of a batch: the arguments of DiffusionLoss."""
+        """latents, hint, context, noise, timesteps, and y where there is one: the arguments of DiffusionLoss."""
         latents = self.conditioning.batch_latents(batch, self.streams.generator)
         hint = batch["hint"].to(self.world.device, non_blocking=True)
         dropped = self.streams.dropped_prompts(len(batch["keys"]), self.cfg.model.text_embedding_dropout_rate)
-        context = self.conditioning.batch_context(batch, dropped)
+        context, y = self.conditioning.batch_condition(batch, dropped)
         noise, timesteps = self.streams.noise_and_timesteps(latents, self.schedule.timesteps)
+        if self.cfg.model.offset_noise:
+            noise = noise + self.cfg.model.offset_noise * self.streams.offset(latents)
         if self.cfg.model.channels_last:
             latents, hint = (x.contiguous(memory_format=torch.channels_last) for x in (latents, hint))
-        return latents, hint, context, noise, timesteps
+        return latents, hint, context, noise, timesteps, *(() if y is None else (y,))
 
     def train_step(self) -> bool:
         """Hands the device one step: forward and backward over all micro-batches, agreement among the ranks, update.

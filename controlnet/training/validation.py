@@ -56,6 +56,8 @@ def draw_grid(
     posterior = torch.Generator(world.device).manual_seed(seed + world.rank)
     latents = conditioning.batch_latents(batch, posterior)
     everyone = torch.ones(count, dtype=torch.bool)
+    context, y = conditioning.batch_condition(batch, ~everyone)
+    uncond_context, uncond_y = conditioning.batch_condition(batch, everyone)
     training = model.training
     model.eval()
     try:
@@ -63,8 +65,10 @@ def draw_grid(
             model,
             schedule,
             latents.shape,
-            conditioning.batch_context(batch, ~everyone),
-            uncond_context=conditioning.batch_context(batch, everyone),
+            context,
+            uncond_context=uncond_context,
+            y=y,
+            uncond_y=uncond_y,
             hint=hint,
             guidance_scale=guidance_scale,
             steps=steps,
@@ -86,6 +90,9 @@ def draw_grid(
 
 class Validation:
     """The loss on a validation set, at noise and timesteps that are the same at every measurement.
+
+    It is the plain mean squared error, without model.offset_noise and model.min_snr_gamma: runs that differ in these
+    compare.
 
     Args:
         make_batches: () -> the set's batches of this rank, from its first one, as many on every rank.
@@ -114,11 +121,11 @@ class Validation:
                 if world.any(stop.requested)[0]:
                     raise Stopped
                 latents = conditioning.batch_latents(batch, generator)
-                context = conditioning.batch_context(batch, torch.zeros(len(batch["keys"]), dtype=torch.bool))
+                context, y = conditioning.batch_condition(batch, torch.zeros(len(batch["keys"]), dtype=torch.bool))
                 noise = torch.randn(latents.shape, generator=generator, device=latents.device)
                 t = torch.randint(schedule.timesteps, (len(latents),), generator=generator, device=latents.device)
                 hint = batch["hint"].to(world.device, non_blocking=True)
-                losses.append(loss(latents, hint, context, noise, t))
+                losses.append(loss(latents, hint, context, noise, t, y))
         finally:
             model.train(training)
         return world.mean(torch.stack(losses).mean()).item()

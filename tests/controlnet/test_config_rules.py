@@ -93,15 +93,14 @@ def test_another_name_of_the_optimizer_is_said_once(name, caplog):
             "the newest checkpoints are kept here, not the best: set monitor to null",
         ),
         (["optim.sched={name: CosineAnnealing, hold_steps: 10}"], "optim.sched.hold_steps is 10 with the decay"),
-        (["model.unet_config.adm_in_channels=2816"], "1.x and 2.x are trained, XL is not"),
-        (["model.unet_config.num_classes=sequential"], "1.x and 2.x are trained, XL is not"),
+        (["model.unet_config.num_classes=10"], "num_classes is 10; expected.*sequential"),
         (["model.cond_stage_config.freeze=False"], "always frozen"),
         (["model.unet_config.offload_to_cpu=True"], "use_checkpoint saves memory"),
         (
-            ["model.unet_config._target_=sgm.modules.diffusionmodules.openaimodel.UNetModel"],
-            "Stable Diffusion XL is not",
+            ["model.cond_stage_config._target_=sgm.modules.GeneralConditioner"],
+            "sdxl_seg.yaml has them, with controlnet.sdxl.TextEncoders",
         ),
-        (["model._target_=sgm.models.diffusion.DiffusionEngine"], "Stable Diffusion XL is not trained here"),
+        (["model._target_=sgm.models.diffusion.DiffusionEngine"], "Stable Diffusion XL is configured"),
     ],
 )
 def test_what_asks_for_something_else_is_an_error_that_names_the_key(overrides, words):

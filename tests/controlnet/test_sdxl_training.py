@@ -223,6 +223,10 @@ def test_it_trains_and_goes_on_to_the_bit(pipeline, tmp_path, parameterization):
     assert len(pictures) == 2, pictures
     if parameterization == "eps":
         assert_drawn(pipeline, tmp_path / "out.png", "--checkpoint", str(tmp_path / "whole" / "run"))
+        controlnet.convert(tmp_path / "whole" / "run", tmp_path / "out", "diffusers")
+        loaded = diffusers.ControlNetModel.from_pretrained(tmp_path / "out" / "controlnet")
+        name = "add_embedding.linear_1.weight"
+        assert torch.equal(loaded.state_dict()[name], ends["control.label_emb.0.0.weight"])
 
 
 def test_a_batch_s_time_ids_reach_the_loss_and_the_validation(pipeline, tmp_path):
@@ -304,7 +308,7 @@ def test_two_steps_from_a_converted_file_are_those_of_diffusers(pipeline, theirs
         latents=torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(3)),
         output_type="latent",
     ).images
-    assert_close(latents, expected, rtol=1e-3, atol=1e-3)
+    assert_close(latents, expected, rtol=1e-4, atol=2e-4)
     free = dataclasses.replace(request, strength=0.0)
     other = generate.generate(model, ours, schedule, hint, free)[1]
     assert (other - latents).abs().max() > 0.05

@@ -16,12 +16,11 @@ from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 import controlnet
-from controlnet import build, config, encode, generate, train
-from controlnet.conditioning import Conditioning, SpaceToDepth
+from controlnet import build, config, encode, generate, opening, train
+from controlnet.conditioning import AutoencoderKL, Conditioning, SpaceToDepth
 from controlnet.data import DataError
 from controlnet.model.diffusion import DiffusionLoss, NoiseSchedule
 from controlnet.model.layers import sinusoids
-from controlnet.opening import open_origin
 from controlnet.sdxl import TextEncoders
 from controlnet.training.distributed import StopRequest, World
 from controlnet.training.randomness import RandomStreams
@@ -290,7 +289,7 @@ def test_offset_noise_moves_whole_channels(pipeline, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("negative", ["", "bat"])
 def test_two_steps_from_a_converted_file_are_those_of_diffusers(pipeline, theirs, negative):
-    origin = open_origin([pipeline.parent / "models" / "controlnet"], base=pipeline)
+    origin = opening.open_origin([pipeline.parent / "models" / "controlnet"], base=pipeline)
     model, ours, schedule = origin.models()
     assert ours.scale_factor == 0.13025
     hint = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(1))
@@ -312,6 +311,21 @@ def test_two_steps_from_a_converted_file_are_those_of_diffusers(pipeline, theirs
     free = dataclasses.replace(request, strength=0.0)
     other = generate.generate(model, ours, schedule, hint, free)[1]
     assert (other - latents).abs().max() > 0.05
+
+
+def test_a_single_file_states_no_scale_of_its_latents(pipeline, tmp_path, monkeypatch):
+    text = conditioning(pipeline).cond_stage
+
+    def first_stage(from_pretrained):
+        tiny.vae().save_pretrained(tmp_path / "vae")  # diffusers' default scale
+        return AutoencoderKL(str(tmp_path / "vae"))
+
+    monkeypatch.setattr(opening, "AutoencoderKL", first_stage)
+    monkeypatch.setattr(opening, "TextEncoders", lambda from_pretrained: text)
+    monkeypatch.setattr(opening, "CLIPTextEncoder", lambda from_pretrained: text.first)
+    file = tmp_path / "base.safetensors"
+    assert opening._conditioning_of(file, is_xl=True).scale_factor == 0.13025
+    assert opening._conditioning_of(file, is_xl=False).scale_factor == 0.18215
 
 
 def test_generate_draws_by_a_base_and_by_a_configuration(pipeline, tmp_path):

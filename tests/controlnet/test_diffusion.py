@@ -101,9 +101,11 @@ def test_controlled_prediction_is_encoder_beside_control_then_decoder(tmp_path, 
 
 def test_without_control_it_is_the_unet(tmp_path):
     model, (x, t, context, hint) = controlled(tmp_path)
-    alone = model.unet(x, t, context)
-    assert torch.equal(model(x, t, context), alone)
-    assert torch.equal(model(x, t, context, hint, scales=0), alone)
+    with torch.no_grad():  # a layer may take another product where gradients are recorded
+        alone = model.unet(x, t, context)
+        assert torch.equal(model(x, t, context), alone)
+        assert torch.equal(model(x, t, context, hint, scales=0), alone)
+    torch.testing.assert_close(model(x, t, context), alone, rtol=1e-4, atol=1e-4)  # roundings of some twenty layers
     guided_hint = model.control.encode_hint(hint)
     assert torch.equal(model(x, t, context, guided_hint=guided_hint), model(x, t, context, hint))
 

@@ -33,8 +33,18 @@ __device__ __forceinline__ float sum_over_block(float value, Shared<float> lanes
   return total;
 }
 
+// In channels_last the code that sm_80, 86 and 89 share has more registers, as sm_86's assembler makes it, than two
+// blocks of a multiprocessor may have.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <class G, Along A>
+constexpr int kDxBlocks = A == Along::depth ? 1 : G::kBlocks;
+#else
+template <class G, Along A>
+constexpr int kDxBlocks = G::kBlocks;
+#endif
+
 template <class G, Along A, Along B, class T = typename G::T>
-__global__ void __launch_bounds__(G::kThreads, G::kBlocks)
+__global__ void __launch_bounds__(G::kThreads, kDxBlocks<G, A>)
     zero_conv_add_bwd_dx_kernel(const __grid_constant__ Table<InputGradient<T>> table) {
   constexpr int kVector = 16 / sizeof(T);
   CNK_STATIC_SHARED(float, warp_dots, G::kThreads / 32);

@@ -60,17 +60,34 @@ class RankWatch:
             time.sleep(3 * self.beat)
             found = [self._failure(rank) for rank in others]
             after = self._signs(others)
+            silent = [rank for rank in others if after[rank]["count"] == before[rank]["count"]]
+            # A rank that has read all this has ended for a cause that it knows.
+            silent = [rank for rank in silent if not self.store.check([f"has read/{rank}"])]
         except RuntimeError as error:
             return f"the job's store, which rank 0 or the launcher keeps, does not answer: it has ended ({error})"
+        self._let_others_read([rank for rank in others if rank not in silent])
         causes = [cause for cause in found if cause is not None]
-        for rank in others:
-            if not causes and after[rank]["count"] == before[rank]["count"]:
-                last = f"last heard of in {after[rank]['at']}"
-                causes.append(f"rank {rank} has ended without a word (killed, or out of memory), {last}")
+        if not causes:
+            causes = [
+                f"rank {rank} has ended without a word (killed, or out of memory), last heard of in {after[rank]['at']}"
+                for rank in silent
+            ]
         if not causes and timed_out:
             causes = [f"rank {rank} is in {after[rank]['at']} for {after[rank]['for']} s" for rank in others]
             causes.append(f"this rank, {self.rank}, is in {self._at}")
         return "; ".join(causes) or None
+
+    def _let_others_read(self, others: list[int]) -> None:
+        """Keeps rank 0, whose process may hold the store, until the others have read it, for ten beats at most."""
+        try:
+            self.store.set(f"has read/{self.rank}", "")
+            end = time.monotonic() + 10 * self.beat
+            while self.rank == 0 and time.monotonic() < end:
+                if all(self.store.check([f"has read/{rank}"]) for rank in others):
+                    return
+                time.sleep(self.beat / 4)
+        except RuntimeError:  # the launcher kept it, and has ended
+            return
 
     def _signs(self, ranks: list[int]) -> dict[int, dict[str, Any]]:
         return {rank: json.loads(self.store.get(f"alive/{rank}")) for rank in ranks}

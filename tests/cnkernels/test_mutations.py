@@ -235,8 +235,8 @@ MUTATIONS = {  # op, what is broken: the kernel or device function, its text, th
     ),
     "group_norm_silu: a channel in its neighbour's group": (
         "members",
-        "channel // GROUP_CHANNELS - first_group",
-        "(channel + 1) // GROUP_CHANNELS - first_group",
+        "channel // group_channels - first_group",
+        "(channel + 1) // group_channels - first_group",
         NHWC_NORM,
     ),
     "group_norm_silu: one of the two means of dx for the other": (

@@ -140,35 +140,35 @@ class TestSignals:
         write = checkpoint.write
 
         def interrupted(*arguments, **options):
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             return write(*arguments, **options)
 
         monkeypatch.setattr(checkpoint, "write", interrupted)
         with StopRequest() as stop:
             run = tiny_run.trainer(tiny_run.configuration(tmp_path, "trainer.max_steps=1"), stop=stop)
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             assert run.fit() is True
         assert checkpoint.fault(tmp_path / "checkpoints" / "step-00000001") is None
 
     def test_torchrun_sends_one_interrupt_more(self, monkeypatch):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
         with pytest.raises(KeyboardInterrupt), StopRequest():
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             reached = True
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         assert reached
 
     def test_after_the_grace_time_a_signal_ends(self):
         with pytest.raises(KeyboardInterrupt), StopRequest(grace=0.0):
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
 
     def test_the_first_compilation_is_interrupted(self, tmp_path, monkeypatch):
         def compiles_for_minutes(module, **options):
             def call(*arguments):
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
                 raise AssertionError("the signal was not answered")
 
             module._compiled_call_impl = call

@@ -1,7 +1,6 @@
 """The training loop on one rank: arithmetic of a step, what is trained, precision, bad numbers, signals, reports."""
 
 import json
-import os
 import signal
 
 import numpy as np
@@ -277,7 +276,7 @@ class TestEnds:
             def __iter__(self):
                 for batch in super().__iter__():
                     if self.next == 2:
-                        os.kill(os.getpid(), number)
+                        signal.raise_signal(number)
                     yield batch
 
         before = signal.getsignal(number)
@@ -292,8 +291,8 @@ class TestEnds:
 
     def test_a_second_signal_acts_as_before(self):
         with pytest.raises(KeyboardInterrupt), StopRequest():
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     def test_a_signal_while_samples_are_drawn(self, tmp_path):
         overrides = ["model.image_logger.max_images=1", "model.image_logger.batch_frequency=2"]
@@ -305,7 +304,7 @@ class TestEnds:
             def interrupt(module, arguments):
                 evaluations.append(module.training)
                 if evaluations.count(False) == 4:
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    signal.raise_signal(signal.SIGTERM)
 
             run.model.unet.middle_block.register_forward_pre_hook(lambda module, args: None)
             run.model.register_forward_pre_hook(interrupt)

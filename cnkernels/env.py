@@ -4,16 +4,10 @@ import argparse
 import collections
 import platform
 import statistics
-from importlib import metadata
+
+from cnkernels.machine import version
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "omegaconf", "webdataset", "diffusers", "transformers")
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _devices() -> list[str]:
@@ -81,7 +75,7 @@ def report() -> str:
     from cnkernels import dispatch, extension, variables
 
     lines = [f"python       {platform.python_version()} on {platform.platform()}"]
-    lines += [f"{package:<12} {_version(package)}" for package in PACKAGES]
+    lines += [f"{package:<12} {version(package) or 'not installed'}" for package in PACKAGES]
     lines += _devices()
     lines.append(f"extension    {extension.status()}")
     lines += [f"{name}={variables.read(name) or ''}  # {meaning}" for name, meaning in variables.VARIABLES.items()]

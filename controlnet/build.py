@@ -41,7 +41,7 @@ _FREE = {"use_checkpoint", "use_flash_attention", "dropout", "legacy", "num_head
 def build_model(config: Mapping[str, Any], *, weights: bool = True) -> ControlledUNet:
     """The locked U-Net with its ControlNet, weights loaded.
 
-    Arguments:
+    Args:
         config: the `model` section that `config.load` returns.
         weights: False builds without reading any file (on the meta device, or before a resume).
     The U-Net's weights are those of unet_config.from_pretrained, the ControlNet's those of
@@ -62,7 +62,7 @@ def build_model(config: Mapping[str, Any], *, weights: bool = True) -> Controlle
 def build_conditioning(config: Mapping[str, Any], *, weights: bool = True, precision: str = "fp32") -> Conditioning:
     """First stage and condition stage, frozen, each in the precision of its `precision` key.
 
-    Arguments: as `build_model`; `precision` is that of a stage without the key, but a first stage, which overflows in
+    Args: as `build_model`; `precision` is that of a stage without the key, but a first stage, which overflows in
     fp16, then has bf16, or fp32 on a GPU without bf16. A VAE runs on our fused blocks (`controlnet.accelerate`).
     `first_stage_model.*` and `cond_stage_model.*` of `ckpt_path` replace what the stages' own `from_pretrained` give,
     unless load_vae or load_encoder is false.
@@ -111,7 +111,7 @@ def _without_overflow(precision: str) -> str:
 def instantiate(node: Mapping[str, Any]) -> Any:
     """The part that a node describes: the class of its `_target_`, called with the other keys.
 
-    Arguments:
+    Args:
         node: mapping with `_target_` (this package's name, NeMo's, the original's) and the arguments.
     Raises ConfigError for an unknown target or argument, a value that does not fit, an argument that is missing, or
         more weights than this machine has memory; CheckpointError and FileNotFoundError for files of weights.

@@ -31,7 +31,7 @@ class Conditioning(nn.Module):
 
         context, pooled = cond_stage(tokenize(captions));  y = [pooled, sinusoids(time_ids, 256)]
 
-    Arguments:
+    Args:
         first_stage: `AutoencoderKL` or `SpaceToDepth`.
         cond_stage: `CLIPTextEncoder`, `WordEmbedder` or `sdxl.TextEncoders`.
         scale_factor: brings the latents to about unit variance.
@@ -81,7 +81,7 @@ class Conditioning(nn.Module):
     def latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latents, float32 [N, latent_channels, H / factor, W / factor].
 
-        Arguments:
+        Args:
             images: float [N, 3, H, W] in [-1, 1], H and W multiples of `factor`.
             generator: draws from the VAE's posterior; on any device. Not used by a first stage without one.
         Raises ValueError for another shape, dtype, or size.
@@ -115,7 +115,7 @@ class Conditioning(nn.Module):
     def condition(self, captions: Sequence[str] | Tensor, time_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """The context as `context` gives it, and y, float32 [N, vector_channels]; None for a stage without one.
 
-        Arguments:
+        Args:
             time_ids: [N, 6], height and width of the original image, top and left of the crop, height and width of the
                 result. Not read by a stage without a pooled vector.
         """
@@ -229,7 +229,7 @@ class AutoencoderKL(nn.Module):
     It encodes in `precision` and always decodes in float32: in bf16 the pictures lose levels of brightness, and in fp16
     the decoder's activations leave the range of the type, which gives black pictures or NaN.
 
-    Arguments:
+    Args:
         from_pretrained: a diffusers folder (of the VAE, or of a pipeline, whose `vae` is taken); or a file
             (.safetensors, .bin, .ckpt) with the VAE's weights in diffusers' or the original's layout, or a whole Stable
             Diffusion checkpoint (`first_stage_model.*`). None leaves random weights.
@@ -290,7 +290,7 @@ class AutoencoderKL(nn.Module):
 class CLIPTextEncoder(nn.Module):
     """The CLIP text encoder of Stable Diffusion, by transformers; read from local files only.
 
-    Arguments:
+    Args:
         version: a folder with a CLIP text model and its tokenizer, or a pipeline folder with `text_encoder` and
             `tokenizer`; or the name of a model that transformers has in its local cache.
         max_length: tokens of the context; longer captions are cut, shorter ones padded.
@@ -381,7 +381,7 @@ class WordEmbedder(nn.Module):
     Words are runs of letters and digits, compared in lower case. A word outside the vocabulary is "unknown", the
     context is filled up with "nothing", and words beyond max_length are cut.
 
-    Arguments:
+    Args:
         vocabulary: the words.
         dim: features of the context.
         max_length: words of the context.

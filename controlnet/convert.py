@@ -1,14 +1,16 @@
 """`python -m controlnet.convert SRC DST --format FORMAT`: one checkpoint format into another, bit for bit.
 
-`controlnet.convert(src, dst, format)` is the same as a function, and stays so whoever imports this module: the import
-system binds in the package what stands in `sys.modules`.
+`controlnet.convert` is also the function that does this, so this file is a command alone: an imported module would take
+the function's name in the package.
 """
 
 import sys
 
 from controlnet.checkpoints.command import main
-from controlnet.checkpoints.convert import convert
 
-if __name__ == "__main__":
-    sys.exit(main())
-sys.modules[__name__] = convert
+if __name__ != "__main__":
+    raise ImportError(
+        "controlnet.convert is a function and a command, not a module to import: import controlnet and call"
+        " controlnet.convert(src, dst, format), or run python -m controlnet.convert"
+    )
+sys.exit(main())

@@ -9,7 +9,7 @@ NAMES = {"yaml": "PyYAML"}  # what pip calls a package whose module has another 
 def require(*modules: str, extra: str, wanted_by: str) -> None:
     """Raises ImportError, naming all that are missing, unless these modules are installed.
 
-    Arguments:
+    Args:
         extra: of this project's pyproject.toml; installing it brings them.
         wanted_by: what needs them, the end of the message.
     """

@@ -70,7 +70,7 @@ def generate(
 ) -> tuple[Tensor, Tensor]:
     """Images [N, 3, H, W] in [-1, 1], and the latents that they are decoded from.
 
-    Arguments:
+    Args:
         hint: [1, C, H, W] in [0, 1], of the size of the images; those of several ControlNets joined along C.
     Raises ValueError for a size that the first stage cannot take, or another number of scales than control outputs.
     """

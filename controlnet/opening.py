@@ -98,7 +98,7 @@ def open_origin(
 ) -> Origin:
     """What draws: one ControlNet or several, with the Stable Diffusion that they control.
 
-    Arguments:
+    Args:
         paths: of each ControlNet a run's folder (its newest complete checkpoint is taken), a checkpoint's folder, a
             diffusers folder, or a file of any layout that `checkpoints` reads.
         config_file: YAML of the first one; by default the one in its checkpoint's folder.

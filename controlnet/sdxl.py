@@ -40,7 +40,7 @@ class TextEncoders(nn.Module):
     is not given are, has a context and a pooled vector of zeros: the base model was trained and is sampled so
     (diffusers: `force_zeros_for_empty_prompt`).
 
-    Arguments:
+    Args:
         version: a pipeline's folder with `text_encoder`, `tokenizer`, `text_encoder_2` and `tokenizer_2`; or of the
             first encoder what `CLIPTextEncoder` takes.
         version_2: of the second encoder a folder with a CLIP text model with projection and its tokenizer, or a name in

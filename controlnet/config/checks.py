@@ -136,7 +136,7 @@ def canonical_target(name: Any) -> str:
 def check_stage(node: Any, stage: str) -> dict[str, Any]:
     """The arguments of a part with its `_target_` under this package's name, checked, without those that nothing reads.
 
-    Arguments:
+    Args:
         node: the mapping of a part, `target` and `params` already resolved.
         stage: "unet_config" and so on.
     Raises ConfigError that names the key by its whole path.

@@ -23,7 +23,7 @@ _LARGEST_FILE = 2**20
 def load(path: str | PathLike, overrides: Iterable[str] = (), *, sections: Iterable[str] | None = None) -> "DictConfig":
     """Reads a YAML file, applies overrides, checks every key and fills in the defaults.
 
-    Arguments:
+    Args:
         path: YAML file in the layout of NeMo's ControlNet configuration, or of the original repository
             (`target:` and `params:`).
         overrides: dotted assignments, "model.unet_config.use_checkpoint=True"; values are YAML. A key may carry

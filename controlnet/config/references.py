@@ -22,7 +22,7 @@ def resolve(config: "DictConfig", defaults: "DictConfig", sections: Iterable[str
     A value that goes back to an environment variable, by however many other keys, becomes a reference to that variable
     itself; OmegaConf resolves it where the value is read.
 
-    Arguments:
+    Args:
         defaults: what a key has whose variable is not set, outside the sections.
         sections: top-level keys of which a variable that is not set is an error; None for all.
     Raises ConfigError for a variable that is not set, and OmegaConf's errors for other interpolations.

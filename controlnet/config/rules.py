@@ -18,7 +18,7 @@ DATA_PARALLEL = re.compile(r"auto|(nlp_?)?ddp\w*|single_device|nemo\w*ddp\w*|meg
 def apply(cfg: Any, given: Mapping[str, Any]) -> None:
     """Moves settings to the key that is read, and refuses what asks for something that is not done.
 
-    Arguments:
+    Args:
         cfg: the configuration with its defaults, values checked one by one; changed in place.
         given: dotted path -> value of what the user set, in the file or as an override.
     Raises ConfigError naming both keys of a contradiction, or the key to use instead.

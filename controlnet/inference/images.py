@@ -17,7 +17,7 @@ LABEL_HEIGHT = 14
 def to_uint8(images: Tensor, low: float = -1.0) -> Tensor:
     """uint8 [N, 3, H, W] of images in [low, 1]; NaN becomes black.
 
-    Arguments:
+    Args:
         images: [N, C, H, W]; one channel is repeated, of more than three the first three are taken.
         low: the value that stands for black: -1 for images, 0 for hints.
     """
@@ -32,7 +32,7 @@ def to_uint8(images: Tensor, low: float = -1.0) -> Tensor:
 def fault(images: Tensor, latents: Tensor) -> str | None:
     """Why decoded images show nothing, or None when they show something.
 
-    Arguments:
+    Args:
         images: [N, 3, H, W] decoded from `latents`.
         latents: [N, C, h, w] as the sampler left them.
     """
@@ -70,7 +70,7 @@ def picture(image: Tensor) -> Image.Image:
 def grid(rows: Mapping[str, Tensor] | Sequence[tuple[str, Tensor]]) -> Image.Image:
     """One picture with a labelled row of images for each entry.
 
-    Arguments:
+    Args:
         rows: (label, uint8 [N, 3, H, W]) of each row, or a mapping of them; rows may differ in N and size.
     """
     rows = list(rows.items() if isinstance(rows, Mapping) else rows)

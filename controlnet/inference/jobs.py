@@ -22,7 +22,7 @@ class Job:
 def jobs(hints: Sequence[Sequence[Path]], prompts: Sequence[str], controls: int = 1) -> list[Job]:
     """Pairs hints with prompts: as many of each, or one of either for all of the other.
 
-    Arguments:
+    Args:
         hints: for each ControlNet, or once for all of them, its hints: files, or a folder of files; those of several
             ControlNets go together by their order, and have equal names. With no prompts, that of NAME.png is in
             NAME.txt beside it.

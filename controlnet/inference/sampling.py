@@ -65,7 +65,7 @@ def guided(
     prediction = uncond + guidance_scale * (cond - uncond), both halves in one batch; the conditional half alone when
     uncond_context is None or guidance_scale is 1.
 
-    Arguments:
+    Args:
         context, uncond_context: [N, T, D] text states of the prompts and of the negative prompts.
         y, uncond_y: [N, adm_in_channels], their vectors, of a model with `num_classes` (Stable Diffusion XL).
         hint: [N, 3, H, W] in [0, 1], or None for no control.
@@ -147,7 +147,7 @@ def ddim(
     x_s = sqrt(a_s) x_0 + sqrt(1 - a_s - sigma^2) eps + sigma noise
     with s the timestep visited after t, and a_s = alpha_bar_0 after the last one.
 
-    Arguments:
+    Args:
         shape: [N, C, h, w] of the latents.
         context, uncond_context, y, uncond_y, hint, guidance_scale, scales, guess_mode, graph: see `guided`.
         steps: number of model evaluations, 1 to schedule.timesteps; which timesteps, see `ddim_timesteps`.
@@ -200,7 +200,7 @@ def sample_with_scheduler(
 ) -> Tensor:
     """Latents sampled by a diffusers scheduler around `guided`'s prediction, float32 of `shape`.
 
-    Arguments:
+    Args:
         scheduler: a diffusers SchedulerMixin made with the betas and prediction type of the model's noise schedule.
         predict: from `guided`.
         steps: number of inference steps asked of the scheduler; some evaluate the model more often.

@@ -14,7 +14,7 @@ class ControlledUNet(nn.Module):
     h, skips = encode(x);  control = ControlNet(x, hint)
     prediction = decode(h + scale_mid * control_mid, [skip_i + scale_i * control_i])
 
-    Arguments:
+    Args:
         unet: UNet. Its encoder and middle block are never trained and run without gradients.
         control: ControlNet, all trained.
         sd_locked: True freezes the U-Net's decoder (`output_blocks`, `out`) too; False trains it.
@@ -59,7 +59,7 @@ class ControlledUNet(nn.Module):
     ) -> Tensor:
         """The prediction [N, C, h, w] at x.
 
-        Arguments:
+        Args:
             x: [N, C, h, w] noisy latents.
             timesteps: int64 [N].
             context: [N, T, D] text states, or `prepare_context` of them.

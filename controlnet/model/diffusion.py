@@ -40,7 +40,7 @@ def make_betas(
 class NoiseSchedule(nn.Module):
     """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise, and what the network is asked to predict from x_t.
 
-    Arguments:
+    Args:
         timesteps: number of noise levels T; a timestep t is an integer in [0, T).
         linear_start, linear_end: first and last beta of the linear schedules.
         beta_schedule: see `make_betas`.
@@ -150,7 +150,7 @@ class NoiseSchedule(nn.Module):
 class DiffusionLoss(nn.Module):
     """Mean squared error between the prediction at x_t and the schedule's target: what a training step computes.
 
-    Arguments:
+    Args:
         min_snr_gamma: weighs each sample's error as `NoiseSchedule.min_snr_weights` says; None weighs all alike.
     """
 
@@ -171,7 +171,7 @@ class DiffusionLoss(nn.Module):
     ) -> Tensor:
         """The loss, a float32 scalar.
 
-        Arguments:
+        Args:
             latents: float32 [N, C, h, w], scaled as the first stage says.
             hint: [N, 3, H, W] in [0, 1].
             context: [N, T, D].

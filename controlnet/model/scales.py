@@ -89,7 +89,7 @@ def for_both_halves(
 ) -> Scale | list[Scale]:
     """The scales of a batch for the batch of its [unconditional, conditional] halves.
 
-    Arguments:
+    Args:
         scales: one for all outputs of the ControlNet or a list with one for each: a number, or a tensor 0-d, [batch],
             [batch, 1, h, w] or [1, 1, h, w].
         conditional_only: leave the first half uncontrolled.

@@ -43,7 +43,7 @@ SAMPLE_STEPS, GUIDANCE, SAMPLE_SEED, BATCH = 20, 2.0, 0, 16
 def draw(cfg: Mapping[str, Any], scenes: Scenes, control: Path | None) -> Tensor:
     """Samples for the captions and hints of scenes, uint8 [N, 3, H, W].
 
-    Arguments:
+    Args:
         cfg: the quickstart's configuration.
         scenes: what to draw.
         control: safetensors file of the ControlNet; None for the untrained one.
@@ -105,7 +105,7 @@ def run(
 ) -> int:
     """The whole quickstart; returns the exit status.
 
-    Arguments:
+    Args:
         output: folder for shards, runs, pictures and scores.
         overrides: of the configuration, `key=value`.
         scene_count: held-out scenes that are scored.

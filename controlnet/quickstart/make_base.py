@@ -52,7 +52,7 @@ def training_set(conditioning: Conditioning, count: int) -> tuple[Tensor, list[s
 def train(cfg: Mapping[str, Any], steps: int, output: Path, *, scenes: int = SCENES, every: int = 500) -> UNet:
     """Trains a U-Net and writes its average with the condition stage's tables; returns it.
 
-    Arguments:
+    Args:
         cfg: the quickstart's configuration.
         steps: updates of the weights, each on BATCH scenes.
         output: safetensors file, written every `every` steps and at the end.

@@ -145,7 +145,7 @@ def start(
 ) -> World:
     """Joins the job that torchrun started, or stands alone.
 
-    Arguments:
+    Args:
         devices: processes on each machine: a number, a list of device indices (its length counts), or None, "auto" or
             -1 for whatever was started.
         num_nodes: machines.

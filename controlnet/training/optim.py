@@ -121,7 +121,7 @@ class LearningRate:
     lr(step) = lr * (step + 1) / warmup for step < warmup, then constant, or from lr down to min_lr at the last step
     along half a cosine or a line. A step is one update of the weights, whatever the number of micro-batches and ranks.
 
-    Arguments:
+    Args:
         config: the `optim` section: lr, and sched with name, warmup_steps or warmup_ratio, min_lr, max_steps.
         max_steps: the last step when sched.max_steps is not given; None or negative for no end.
     Raises ConfigError for an unknown name, or a decay without an end.
@@ -160,7 +160,7 @@ class ExponentialAverage:
     average += (1 - d) (weight - average),  d = min(decay, (1 + n) / (10 + n)) at the n-th update, so that the first
     weights fade quickly.
 
-    Arguments:
+    Args:
         model: its parameters that require a gradient are averaged, under their names.
         decay: in [0, 1).
         every: update once in so many steps.

@@ -10,7 +10,7 @@ from torch import Tensor
 class RandomStreams:
     """The random numbers of one rank, apart from every other source, so that samples drawn on the side change nothing.
 
-    Arguments:
+    Args:
         seed, rank: the streams are seeded with seed + rank: no two ranks train on the same noise and timesteps.
         device: where noise is drawn; a run continues to the bit on the same kind of device.
     """

@@ -44,7 +44,7 @@ def draw_grid(
     Every rank must call it; each draws its share, from noise that is the same at every call. The picture is the same on
     all ranks.
 
-    Arguments:
+    Args:
         batch: the rank's latest, of which the first images are taken.
         images: how many in all; rounded up to a multiple of the ranks, and at most the batch of each.
     Returns the picture, and what is wrong with the samples (None when nothing is, see `images.fault`).

@@ -297,14 +297,6 @@ def test_the_command(tmp_path):
     assert (tmp_path / "x" / "config.json").is_file()
 
 
-def test_the_module_does_not_hide_the_function(tmp_path):
-    import controlnet.convert
-
-    source = save(original("control", folder=tmp_path), tmp_path / "x.safetensors")
-    controlnet.convert(source, tmp_path / "y.safetensors", "nemo")
-    assert controlnet.load(tmp_path / "y.safetensors").report.layout == "nemo"
-
-
 def test_importing_the_package_imports_no_model():
     code = "import sys, controlnet; assert 'torch' not in sys.modules; print(controlnet.load.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

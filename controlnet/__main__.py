@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 
-from controlnet.command import parser, shipped
+from controlnet.common.command import parser, shipped
 
 ENTRIES = {
     "train": "train a ControlNet on shards of images, hints and captions",

@@ -12,143 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from controlnet import command, config
-from controlnet.conditioning import Conditioning
-from controlnet.data.hints import HintReader, read_hint
-from controlnet.extras import quiet_libraries, require
+from controlnet import config
+from controlnet.build.opening import Origin, open_origin, read_hint
+from controlnet.common import command
+from controlnet.common.extras import quiet_libraries, require
+from controlnet.config.infer import nemo_options
+from controlnet.inference.drawing import SCHEDULERS, Request, check_size, generate
 from controlnet.inference.images import fault, grid, picture, save_png, to_uint8
-from controlnet.inference.jobs import Job, jobs, nemo_options, read_prompts
-from controlnet.inference.sampling import control_scales, ddim, guided, sample_with_scheduler
-from controlnet.model.controlled import ControlledUNet
-from controlnet.model.diffusion import NoiseSchedule
-from controlnet.opening import Origin, open_origin
+from controlnet.inference.jobs import Job, jobs, read_prompts
 
 __all__ = ["Request", "generate", "load", "main", "read_hint"]
-
-logger = logging.getLogger(__name__)
-
-SCHEDULERS = {"DDIM": "DDIMScheduler", "UniPC": "UniPCMultistepScheduler", "Euler": "EulerDiscreteScheduler"}
-PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What to draw.
-
-    prompt, negative_prompt: texts of the conditional and the unconditional half.
-    strength, scales: of the control: one factor for all outputs, and one each (13 for Stable Diffusion).
-    guess_mode: control only the conditional half, the shallow outputs weaker; see `sampling.control_scales`.
-    guidance_scale, steps, eta: see `sampling.ddim`.
-    seed: image i starts from the noise of seed + i.
-    scheduler: None for the DDIM of this package, or a name of SCHEDULERS for that of diffusers.
-    graph: run the steps as one CUDA graph; see `controlnet.inference.graph.StepGraph`.
-    """
-
-    prompt: str
-    negative_prompt: str = ""
-    strength: float = 1.0
-    scales: Sequence[float] | None = None
-    guess_mode: bool = False
-    guidance_scale: float = 7.5
-    steps: int = 50
-    eta: float = 0.0
-    seed: int = 0
-    images: int = 1
-    scheduler: str | None = None
-    graph: bool = False
-
-
-def generate(
-    model: ControlledUNet,
-    conditioning: Conditioning,
-    schedule: NoiseSchedule,
-    hint: Tensor,
-    request: Request,
-    progress: Any = lambda order: order,
-) -> tuple[Tensor, Tensor]:
-    """Images [N, 3, H, W] in [-1, 1], and the latents that they are decoded from.
-
-    Args:
-        hint: [1, C, H, W] in [0, 1], of the size of the images; those of several ControlNets joined along C.
-    Raises ValueError for a size that the first stage cannot take, or another number of scales than control outputs.
-    """
-    factor, n = conditioning.factor, request.images
-    height, width = hint.shape[2:]
-    check_size(hint, factor)
-    shape = (n, conditioning.latent_channels, height // factor, width // factor)
-    seeds = [torch.Generator().manual_seed(request.seed + i) for i in range(n)]
-    x_T = torch.cat([torch.randn(1, *shape[1:], generator=seed) for seed in seeds])
-    # Stable Diffusion XL is told of a picture of this size that was not cropped
-    time_ids = torch.tensor([[height, width, 0, 0, height, width]] * n)
-    context, y = conditioning.condition([request.prompt] * n, time_ids)
-    uncond_context, uncond_y = conditioning.condition([request.negative_prompt] * n, time_ids)
-    guidance = {
-        "uncond_context": uncond_context,
-        "y": y,
-        "uncond_y": uncond_y,
-        "hint": hint.expand(n, -1, -1, -1).to(context.device),
-        "guidance_scale": request.guidance_scale,
-        "scales": control_scales(len(model.control.zero_convs) + 1, request.strength, request.scales),
-        "guess_mode": request.guess_mode,
-        "graph": request.graph,
-    }
-    sampling = {"steps": request.steps, "generator": seeds[0], "x_T": x_T, "progress": progress}
-    if request.scheduler is None:
-        latents = ddim(model, schedule, shape, context, eta=request.eta, **guidance, **sampling)
-    else:
-        scheduler = diffusers_scheduler(request.scheduler, schedule)
-        predict = guided(model, context, **guidance)
-        latents = sample_with_scheduler(scheduler, predict, shape, device=context.device, **sampling)
-    return conditioning.images(latents), latents
-
-
-def check_size(hint: Tensor, factor: int) -> None:
-    """Raises ValueError for a hint whose sides are no multiples of what the first stage shrinks images by."""
-    height, width = hint.shape[2:]
-    if height % factor or width % factor:
-        near = " x ".join(str(max(factor, round(side / factor) * factor)) for side in (width, height))
-        raise ValueError(
-            f"the hint is {width} x {height} pixels; expected multiples of {factor}, such as {near} (see --size)"
-        )
-
-
-def diffusers_scheduler(name: str, schedule: NoiseSchedule) -> Any:
-    """The scheduler of diffusers with the betas, the prediction and the timesteps of Stable Diffusion's sampling."""
-    if name not in SCHEDULERS:
-        raise ValueError(f"scheduler is {name!r}; expected one of {', '.join(SCHEDULERS)}")
-    require("diffusers", extra="diffusers", wanted_by=f"it has the scheduler {name}")
-    import diffusers
-
-    own = {"clip_sample": False, "set_alpha_to_one": False} if name == "DDIM" else {}
-    return getattr(diffusers, SCHEDULERS[name])(
-        num_train_timesteps=schedule.timesteps,
-        trained_betas=schedule.betas.float().cpu().numpy(),
-        prediction_type=PREDICTION_TYPES[schedule.parameterization],
-        timestep_spacing="leading",
-        steps_offset=1,
-        **own,
-    )
 
 
 def load(
     source: Path, config_file: Path | None, overrides: Sequence[str] = (), average: bool = True
-) -> tuple[ControlledUNet, Conditioning, NoiseSchedule]:
+) -> tuple[Any, Any, Any]:
     """The trained model with its conditioning and noise schedule, on the CPU, in float32.
 
     Arguments and errors: as `opening.open_origin`.
     """
     return open_origin([source], config_file=config_file, overrides=overrides, average=average).models()
-
-
-def _hint(job: Job, readers: Sequence[HintReader], size: tuple[int, int] | None) -> Tensor:
-    """The hints of a job in one tensor [1, C, H, W], all of the size of the first."""
-    hints: list[Tensor] = []
-    for path, reader in zip(job.hints, readers, strict=True):
-        hints.append(read_hint(path, size, reader))
-        size = size or (hints[0].shape[3], hints[0].shape[2])
-    return torch.cat(hints, dim=1)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -269,14 +153,13 @@ def draw(
     work: Sequence[Job], origin: Origin, options: argparse.Namespace, progress: Callable[[Sequence[int]], Any]
 ) -> str | None:
     """Draws every job and writes grid and images; returns why an image shows nothing, or None."""
-    checked = _hint(work[0], origin.readers, options.size)
-    check_size(checked, origin.factor)  # before weights are loaded, which takes long
+    check_size(origin.hint(work[0].hints, options.size), origin.factor)  # before weights are loaded, which takes long
     model, conditioning, schedule = origin.models()
     dtype = config.dtype(options.precision, "--precision")
     model, conditioning = model.to(options.device, dtype), conditioning.to(options.device)
     rows, problem = [], None
     for job in work:
-        hint = _hint(job, origin.readers, options.size)
+        hint = origin.hint(job.hints, options.size)
         request = Request(
             prompt=job.prompt,
             negative_prompt=options.negative_prompt,

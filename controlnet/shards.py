@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
-from controlnet import command
+from controlnet.common import command
 from controlnet.data.advice import cure
 from controlnet.data.hints import HintReader
 from controlnet.data.loader import read_extensions

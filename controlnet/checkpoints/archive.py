@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from controlnet import tar
 from controlnet.checkpoints.errors import CheckpointError
+from controlnet.common import tar
 
 WEIGHTS = "model_weights.ckpt"
 CONFIG = "model_config.yaml"

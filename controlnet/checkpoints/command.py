@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from controlnet import command
 from controlnet.checkpoints.convert import convert
 from controlnet.checkpoints.errors import CheckpointError
 from controlnet.checkpoints.write import FORMATS
+from controlnet.common import command
 
 EXAMPLES = """
 python -m controlnet.convert runs/mine out --format diffusers

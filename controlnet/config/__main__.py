@@ -4,7 +4,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from controlnet import command, config
+from controlnet import config
+from controlnet.common import command
 from controlnet.config.reference import markdown
 
 EXAMPLES = """

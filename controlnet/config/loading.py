@@ -8,11 +8,11 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from controlnet.common.extras import require
 from controlnet.config import checks, rules
 from controlnet.config.references import resolve
 from controlnet.config.schema import ConfigError, join, plain, shown
 from controlnet.config.stages import STAGES
-from controlnet.extras import require
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -11,7 +11,7 @@ AUTOENCODER = "controlnet.conditioning.AutoencoderKL"
 SPACE_TO_DEPTH = "controlnet.conditioning.SpaceToDepth"
 CLIP = "controlnet.conditioning.CLIPTextEncoder"
 WORDS = "controlnet.conditioning.WordEmbedder"
-TWO_CLIPS = "controlnet.sdxl.TextEncoders"
+TWO_CLIPS = "controlnet.conditioning.TextEncoders"
 
 STAGES: dict[str, tuple[str, ...]] = {
     "unet_config": (UNET,),
@@ -171,7 +171,7 @@ ARGUMENTS: dict[str, dict[str, Key]] = {
     },
 }
 
-# Keys of the parts that `build.py` reads; the class does not see them.
+# Keys of the parts that `build` reads; the class does not see them.
 WEIGHT_KEYS: dict[str, tuple[str, ...]] = {
     UNET: ("from_pretrained", "from_NeMo"),
     CONTROLNET: ("from_pretrained_unet", "from_pretrained", "from_NeMo"),
@@ -200,6 +200,7 @@ TARGETS: dict[str, str] = {
     "controlnet.unet.UNet": UNET,
     "controlnet.controlnet.ControlNet": CONTROLNET,
     "controlnet.diffusion.ControlledUNet": CONTROLLED,
+    "controlnet.sdxl.TextEncoders": TWO_CLIPS,
 }
 for _package in (_NEMO, _NEMO + "text_to_image."):
     TARGETS[_package + "controlnet.controlnet.ControlLDM"] = CONTROLLED

@@ -19,7 +19,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
-from controlnet import tar
+from controlnet.common import tar
 
 
 class DataError(ValueError):

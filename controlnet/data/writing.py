@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from controlnet.common.extras import require
 from controlnet.data import images
 from controlnet.data.arrays import MAGIC
 from controlnet.data.hints import HintReader
@@ -28,7 +29,6 @@ from controlnet.data.images import ImageError
 from controlnet.data.samples import BadSample, decode
 from controlnet.data.shards import DataError, Drop
 from controlnet.data.sources import Item
-from controlnet.extras import require
 
 JOURNAL = "shards.jsonl"
 WDINFO = "wdinfo.pkl"

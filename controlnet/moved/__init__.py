@@ -1,1 +1,4 @@
-"""Modules under the names that they had before the package got folders; `controlnet/__init__.py` finds them here."""
+"""Names that forward to rooms; `controlnet/__init__.py` finds them here.
+
+They are the modules' names from before the package got folders, and the command `controlnet.convert`.
+"""

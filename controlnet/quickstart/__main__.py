@@ -20,16 +20,17 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from controlnet import build, command, config, train
-from controlnet.extras import quiet_libraries, require
+from controlnet import build, config
+from controlnet.common import command
+from controlnet.common.extras import quiet_libraries, require
 from controlnet.inference.images import grid, to_uint8
 from controlnet.inference.sampling import ddim
-from controlnet.model.diffusion import NoiseSchedule
 from controlnet.quickstart.make_base import BASE, CONFIG
 from controlnet.quickstart.plot import loss_curve
 from controlnet.quickstart.scenes import caption_score, control_score
 from controlnet.quickstart.shards import Scenes, held_out, write_shards
 from controlnet.training import checkpoint
+from controlnet.training.run import run as train
 
 logger = logging.getLogger("controlnet")
 
@@ -51,7 +52,7 @@ def draw(cfg: Mapping[str, Any], scenes: Scenes, control: Path | None) -> Tensor
     node = cfg.model.copy()
     node.control_stage_config.from_pretrained = None if control is None else str(control)
     model, conditioning = build.build_model(node).eval(), build.build_conditioning(node)
-    schedule = NoiseSchedule.from_config(node)
+    schedule = build.build_schedule(node)
     generator = torch.Generator().manual_seed(SAMPLE_SEED)
     drawn = []
     for hint, first in zip(scenes.hints.split(BATCH), range(0, len(scenes.captions), BATCH), strict=True):
@@ -128,7 +129,7 @@ def run(
     )
     before = draw(cfg, scenes, None)
 
-    train.main(["--config", str(CONFIG), *overrides])
+    train(CONFIG, overrides)
     _, newest = checkpoint.checkpoints(folder / checkpoint.CHECKPOINTS)[-1]
     after = draw(cfg, scenes, newest / ("ema.safetensors" if cfg.exp_manager.ema.enable else "control.safetensors"))
 

@@ -16,10 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from controlnet import build, command, config
-from controlnet.conditioning import Conditioning
-from controlnet.model.diffusion import NoiseSchedule
-from controlnet.model.unet import UNet
+from controlnet import build, config
+from controlnet.common import command
 from controlnet.quickstart.scenes import scene
 from controlnet.training.optim import ExponentialAverage, LearningRate, build_optimizer
 from controlnet.training.randomness import RandomStreams
@@ -40,7 +38,7 @@ OPTIMIZER: dict[str, Any] = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.01, 
 SCHEDULE = {"name": "cosine", "warmup_steps": 100, "warmup_ratio": None, "min_lr": 0.0, "max_steps": None}
 
 
-def training_set(conditioning: Conditioning, count: int) -> tuple[Tensor, list[str]]:
+def training_set(conditioning: Any, count: int) -> tuple[Tensor, list[str]]:
     """Latents float32 [2 * count, C, h, w] of scenes and of their mirror images, and the captions."""
     rng = np.random.default_rng(SCENE_SEED)
     drawn = [scene(rng)[:2] for _ in range(count)]
@@ -49,7 +47,7 @@ def training_set(conditioning: Conditioning, count: int) -> tuple[Tensor, list[s
     return torch.cat(latents), [caption for _, caption in drawn] * 2
 
 
-def train(cfg: Mapping[str, Any], steps: int, output: Path, *, scenes: int = SCENES, every: int = 500) -> UNet:
+def train(cfg: Mapping[str, Any], steps: int, output: Path, *, scenes: int = SCENES, every: int = 500) -> nn.Module:
     """Trains a U-Net and writes its average with the condition stage's tables; returns it.
 
     Args:
@@ -60,7 +58,7 @@ def train(cfg: Mapping[str, Any], steps: int, output: Path, *, scenes: int = SCE
     """
     torch.manual_seed(cfg.model.seed)
     streams = RandomStreams(cfg.model.seed, 0, "cpu")
-    schedule, conditioning = NoiseSchedule.from_config(cfg.model), build.build_conditioning(cfg.model, weights=False)
+    schedule, conditioning = build.build_schedule(cfg.model), build.build_conditioning(cfg.model, weights=False)
     node = {key: value for key, value in cfg.model.unet_config.items() if key != "from_pretrained"}
     unet = build.instantiate(node)
     optimizer = build_optimizer(unet.parameters(), OPTIMIZER)

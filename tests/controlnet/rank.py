@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from controlnet import train
 from controlnet.training.distributed import RankError, StopRequest, start
+from controlnet.training.run import check_ranks
 from tests.controlnet import tiny_run
 
 
@@ -75,7 +75,7 @@ def main():
         if job == "differ" and world.rank == 1:
             cfg.optim.lr = 0.5
         run = tiny_run.trainer(cfg, world, loader=LOADERS.get(job, tiny_run.Loader), stop=stop)
-        train.check_ranks(world, cfg, run.model)
+        check_ranks(world, cfg, run.model)
         if job == "signal rank 1" and world.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         try:

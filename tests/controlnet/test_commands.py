@@ -12,11 +12,13 @@ import pytest
 
 import controlnet
 from controlnet import __main__ as overview
-from controlnet import command, config, extras, generate, train
+from controlnet import config, generate, train
+from controlnet.common import command, extras
 from controlnet.config import __main__ as reference
 from controlnet.config.reference import markdown
 from controlnet.config.stages import ARGUMENTS
 from controlnet.quickstart import __main__ as quickstart
+from controlnet.training.run import check_resume
 from tests.controlnet import tiny_run
 
 ROOT = Path(controlnet.__file__).parents[1]
@@ -50,11 +52,12 @@ def test_every_key_says_what_it_does():
 
 
 def test_the_overview_names_every_entry_point(capsys):
-    entries = [path.stem for path in (ROOT / "controlnet").glob("*.py") if '__name__ == "__main__"' in path.read_text()]
+    files = [path for folder in ("controlnet", "controlnet/moved") for path in (ROOT / folder).glob("*.py")]
+    entries = [path.stem for path in files if re.search('__name__ [!=]= "__main__"', path.read_text())]
     entries += [path.parent.name for path in (ROOT / "controlnet").glob("*/__main__.py")]
     text = overview.text()
     named = re.findall(r"python -m controlnet\.(\w+)", text)
-    assert sorted(named) == sorted(set(entries) - {"__main__", "controlnet"})
+    assert sorted(named) == sorted(set(entries) - {"__main__"})
     assert all(path in text for path in command.shipped()) and len(command.shipped()) >= 3
 
 
@@ -100,7 +103,7 @@ def test_a_weights_file_is_no_checkpoint_to_go_on_from(tmp_path):
     (tmp_path / "control.pth").write_bytes(b"x")
     cfg = tiny_run.configuration(tmp_path, f"exp_manager.resume_from_checkpoint={tmp_path}/control.pth")
     with pytest.raises(config.ConfigError, match=r"a file; .*control_stage_config.from_pretrained .*model.ckpt_path"):
-        train.check_resume(cfg)
+        check_resume(cfg)
 
 
 def test_config_command(tmp_path, capsys):
@@ -174,7 +177,7 @@ def test_what_libraries_print_while_they_load_does_not_reach_users(quiet, tmp_pa
     tiny.clip_folder(tmp_path / "clip")
     tiny.vae().save_pretrained(tmp_path / "vae")
     done = run(
-        f"from controlnet.extras import quiet_libraries\nif {quiet}: quiet_libraries()\n"
+        f"from controlnet.common.extras import quiet_libraries\nif {quiet}: quiet_libraries()\n"
         "from controlnet.conditioning import AutoencoderKL, CLIPTextEncoder\n"
         f"AutoencoderKL({str(tmp_path / 'vae')!r}, precision='bf16')\n"
         f"CLIPTextEncoder({str(tmp_path / 'clip')!r}, max_length=12, precision='fp16')"

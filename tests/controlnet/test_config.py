@@ -418,6 +418,7 @@ def test_without_omegaconf_the_message_says_what_to_install():
         ("controlnet.unet.UNet", "controlnet.model.unet.UNet"),
         ("controlnet.controlnet.ControlNet", "controlnet.model.controlnet.ControlNet"),
         ("controlnet.diffusion.ControlledUNet", "controlnet.model.controlled.ControlledUNet"),
+        ("controlnet.sdxl.TextEncoders", "controlnet.conditioning.TextEncoders"),
     ],
 )
 def test_names_from_before_the_modules_moved_are_aliases(old, new):
@@ -428,9 +429,19 @@ def test_names_from_before_the_modules_moved_are_aliases(old, new):
 def test_modules_are_found_under_the_names_that_they_had():
     from controlnet.controlnet import ControlNet
     from controlnet.diffusion import ControlledUNet, NoiseSchedule
+    from controlnet.sdxl import TextEncoders
+    from controlnet.tar import members
 
-    from controlnet import training_state
+    from controlnet import command, conditioning, extras, opening, training_state
+    from controlnet.build.opening import open_origin
 
+    assert TextEncoders is conditioning.TextEncoders
+    assert opening.open_origin is open_origin
+    assert {command.parser.__module__, extras.require.__module__, members.__module__} == {
+        "controlnet.common.command",
+        "controlnet.common.extras",
+        "controlnet.common.tar",
+    }
     assert ControlNet is controlnet.ControlNet
     assert ControlledUNet.__module__ == "controlnet.model.controlled"
     assert NoiseSchedule.__module__ == "controlnet.model.diffusion"

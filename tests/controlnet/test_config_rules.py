@@ -98,7 +98,7 @@ def test_another_name_of_the_optimizer_is_said_once(name, caplog):
         (["model.unet_config.offload_to_cpu=True"], "use_checkpoint saves memory"),
         (
             ["model.cond_stage_config._target_=sgm.modules.GeneralConditioner"],
-            "sdxl_seg.yaml has them, with controlnet.sdxl.TextEncoders",
+            "sdxl_seg.yaml has them, with controlnet.conditioning.TextEncoders",
         ),
         (["model._target_=sgm.models.diffusion.DiffusionEngine"], "Stable Diffusion XL is configured"),
     ],

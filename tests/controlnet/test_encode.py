@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from controlnet import build, encode, train
+from controlnet.conditioning import AutoencoderKL
 from controlnet.data import DataError, build_loader, cached
 from tests.controlnet import tiny, tiny_run
 from tests.controlnet.shard_files import jpeg, png, write_tar
@@ -81,7 +82,7 @@ def test_mirrored_latents_are_stored_and_read(tmp_path, shards):
 def test_the_posterior_is_stored(tmp_path):
     """With a VAE: mean and standard deviation, from which each epoch draws anew."""
     tiny.vae().save_pretrained(tmp_path / "vae")
-    conditioning = build.AutoencoderKL(str(tmp_path / "vae"))
+    conditioning = AutoencoderKL(str(tmp_path / "vae"))
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     moments = conditioning.moments(images)
     drawn = conditioning.encode(images, torch.Generator().manual_seed(3))

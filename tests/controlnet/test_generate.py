@@ -7,7 +7,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from controlnet import build, generate
-from controlnet.generate import Request, diffusers_scheduler
+from controlnet.generate import Request
+from controlnet.inference.drawing import diffusers_scheduler
 from controlnet.inference.images import fault, grid, to_uint8
 from controlnet.inference.sampling import ddim
 from tests.controlnet import tiny_run

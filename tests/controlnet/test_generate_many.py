@@ -10,16 +10,17 @@ from safetensors.torch import load_file, save_file
 
 import controlnet
 from controlnet import conditioning, generate
+from controlnet.build.opening import open_origin
 from controlnet.checkpoints import archive
 from controlnet.checkpoints.convert import convert
 from controlnet.config import ConfigError
+from controlnet.config.infer import nemo_options
 from controlnet.inference.images import to_uint8
-from controlnet.inference.jobs import jobs, nemo_options, read_prompts
+from controlnet.inference.jobs import jobs, read_prompts
 from controlnet.inference.sampling import ddim
-from controlnet.inference.several import SeveralControlNets
 from controlnet.model.controlled import ControlledUNet
 from controlnet.model.diffusion import NoiseSchedule
-from controlnet.opening import open_origin
+from controlnet.model.several import SeveralControlNets
 from tests.controlnet import tiny, tiny_run
 from tests.controlnet.test_generate import SIZE, assert_same_picture, command, images_in, run  # noqa: F401
 
@@ -192,12 +193,12 @@ def test_every_key_of_nemos_file_has_an_effect_or_a_reason():
 
 
 def test_sizes_are_checked_before_weights_are_read(run, tmp_path, monkeypatch):  # noqa: F811
-    from controlnet import opening
+    from controlnet.build import opening
 
     def unread(*arguments, **options):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(opening.build, "build_model", unread)
+    monkeypatch.setattr(opening.models, "build_model", unread)
     with pytest.raises(SystemExit, match="the hint is 15 x 16 pixels"):
         command(run, "--size", "15x16")
 

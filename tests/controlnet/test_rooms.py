@@ -9,9 +9,9 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# The list of commands, and the names from before the folders: they forward to rooms, and no room may read them.
+# The list of commands, and names that forward to rooms: no room may read them.
 FORWARDING = {"__init__", "__main__", "moved"}
-MOST_ROOMS, MOST_FLOORS, MOST_ARROWS = 20, 7, 65  # a new room, floor or arrow wants a reason; the last was sdxl
+MOST_ROOMS, MOST_FLOORS, MOST_ARROWS = 15, 6, 40  # a new room, floor or arrow wants a reason
 
 
 def modules(root: Path) -> dict[str, Path]:

@@ -16,14 +16,17 @@ from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 import controlnet
-from controlnet import build, config, encode, generate, opening, train
-from controlnet.conditioning import AutoencoderKL, Conditioning, SpaceToDepth
+from controlnet import build, config, generate
+from controlnet.build import opening
+from controlnet.conditioning import AutoencoderKL, Conditioning, SpaceToDepth, TextEncoders
 from controlnet.data import DataError
+from controlnet.inference.drawing import diffusers_scheduler
 from controlnet.model.diffusion import DiffusionLoss, NoiseSchedule
 from controlnet.model.layers import sinusoids
-from controlnet.sdxl import TextEncoders
 from controlnet.training.distributed import StopRequest, World
+from controlnet.training.encoding import Encoder
 from controlnet.training.randomness import RandomStreams
+from controlnet.training.run import prepare
 from controlnet.training.validation import Validation
 from tests.controlnet import tiny, tiny_run
 from tests.controlnet.formats import assert_equal, state
@@ -117,7 +120,7 @@ def configuration(pipeline, folder, *overrides):
 
 
 def trainer(cfg):
-    return train.prepare(cfg, World(0, 1, 0, torch.device("cpu")), StopRequest())
+    return prepare(cfg, World(0, 1, 0, torch.device("cpu")), StopRequest())
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +137,7 @@ def theirs(pipeline):
         tokenizer=CLIPTokenizer.from_pretrained(pipeline / "tokenizer"),
         tokenizer_2=CLIPTokenizer.from_pretrained(pipeline / "tokenizer_2"),
         controlnet=control,
-        scheduler=generate.diffusers_scheduler("DDIM", NoiseSchedule()),
+        scheduler=diffusers_scheduler("DDIM", NoiseSchedule()),
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -382,7 +385,7 @@ def test_what_does_not_go_together_is_one_error(pipeline, tmp_path):
     with pytest.raises(ValueError, match=r"time_ids is \[2, 6\]; expected \[3, 6\]"):
         ours.condition(CAPTIONS, torch.zeros(2, 6))
     with pytest.raises(DataError, match="whose pooled vectors and time ids encoded shards do not hold"):
-        encode.Encoder(configuration(pipeline, tmp_path), ours, World(0, 1, 0, torch.device("cpu")), tmp_path, False)
+        Encoder(configuration(pipeline, tmp_path), ours, World(0, 1, 0, torch.device("cpu")), tmp_path, False)
 
 
 def test_the_recipe_is_the_whole_model():

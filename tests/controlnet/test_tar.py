@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 
-from controlnet.tar import MAX_EXTENSION_BYTES, MAX_EXTENSIONS, TarDamage, members
+from controlnet.common.tar import MAX_EXTENSION_BYTES, MAX_EXTENSIONS, TarDamage, members
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from controlnet import checkpoints
-from controlnet.conditioning import CLIPTextEncoder, ClipTokens
+from controlnet.conditioning.text import CLIPTextEncoder, ClipTokens
 
 FIRST, SECOND = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
 

@@ -11,13 +11,20 @@ import torch
 from torch import nn
 
 from controlnet import checkpoints
-from controlnet.conditioning import AutoencoderKL, CLIPTextEncoder, Conditioning, SpaceToDepth, WordEmbedder
+from controlnet.conditioning import (
+    AutoencoderKL,
+    CLIPTextEncoder,
+    Conditioning,
+    SpaceToDepth,
+    TextEncoders,
+    WordEmbedder,
+)
 from controlnet.config import ConfigError, canonical_node, canonical_target, check_stage, stage_of, stages
 from controlnet.model.architecture import Architecture
 from controlnet.model.controlled import ControlledUNet
 from controlnet.model.controlnet import ControlNet
+from controlnet.model.diffusion import NoiseSchedule
 from controlnet.model.unet import UNet
-from controlnet.sdxl import TextEncoders
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +97,11 @@ def build_conditioning(config: Mapping[str, Any], *, weights: bool = True, preci
     conditioning = Conditioning(built["first_stage"], built["cond_stage"], config["scale_factor"])
     _check_stages(conditioning, config)
     return conditioning
+
+
+def build_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
+    """The noise schedule of the `model` section of a configuration."""
+    return NoiseSchedule.from_config(config)
 
 
 def _accelerate(vae: nn.Module) -> None:
@@ -223,7 +235,7 @@ def check_vector(given: int | None, taken: int | None, what: str) -> None:
         stage = "no vector y" if given is None else f"a vector y of {given} channels"
         raise ConfigError(
             f"{what} is {taken}; expected {given}: the condition stage gives {stage}"
-            " (controlnet.sdxl.TextEncoders gives Stable Diffusion XL's, 2816: the pooled prompt's 1280 and 256 of each"
+            " (controlnet.conditioning.TextEncoders gives Stable Diffusion XL's, 2816: the pooled prompt's 1280 and 256 of each"
             " of six time ids)"
         )
 

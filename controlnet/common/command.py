@@ -7,7 +7,7 @@ from pathlib import Path
 
 def shipped() -> list[str]:
     """The configurations that come with the package, as paths to give to --config."""
-    folder = Path(__file__).parent / "configs"
+    folder = Path(__file__).parents[1] / "configs"
     here = Path.cwd()
     inside = folder.is_relative_to(here)
     return [str(path.relative_to(here) if inside else path) for path in sorted(folder.glob("*.yaml"))]

@@ -7,18 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from controlnet import build, checkpoints, config
+import torch
+from torch import Tensor
+
+from controlnet import checkpoints, config
+from controlnet.build import models
 from controlnet.checkpoints import archive, trained
 from controlnet.checkpoints.convert import load as load_parts
 from controlnet.checkpoints.folders import XL_SCALE_FACTOR
-from controlnet.conditioning import AutoencoderKL, CLIPTextEncoder, Conditioning
+from controlnet.conditioning import AutoencoderKL, CLIPTextEncoder, Conditioning, TextEncoders
 from controlnet.config import ConfigError
-from controlnet.data.hints import HintReader
-from controlnet.inference.several import SeveralControlNets
+from controlnet.data.hints import HintReader, read_hint
+from controlnet.model.several import SeveralControlNets
 from controlnet.model.controlled import ControlledUNet
 from controlnet.model.controlnet import ControlNet
 from controlnet.model.diffusion import NoiseSchedule
-from controlnet.sdxl import TextEncoders
 
 logger = logging.getLogger(__name__)
 
@@ -54,17 +57,17 @@ class Origin:
         """
         if self.cfg is not None:
             model, conditioning = self._configured()
-            schedule = NoiseSchedule.from_config(self.cfg.model)
+            schedule = models.build_schedule(self.cfg.model)
         else:
             unet = load_parts(self.base).unet
             if unet is None:
                 raise checkpoints.CheckpointError(f"--base {self.base} holds no U-Net")
-            build.check_copy(unet.arch, self.controls[0].arch)
+            models.check_copy(unet.arch, self.controls[0].arch)
             model = ControlledUNet(unet, self.controls[0])
             is_xl = unet.arch.num_classes is not None
             conditioning, schedule = _conditioning_of(self.base, is_xl), _schedule_of(self.base)
             vector = conditioning.vector_channels
-            build.check_vector(vector, unet.arch.adm_in_channels, f"adm_in_channels of --base {self.base}")
+            models.check_vector(vector, unet.arch.adm_in_channels, f"adm_in_channels of --base {self.base}")
         if len(self.paths) > 1:
             controls = [model.control, *(self.controls[number] for number in range(1, len(self.paths)))]
             model.control = SeveralControlNets(controls, self.weights)
@@ -72,12 +75,25 @@ class Origin:
             model.control = SeveralControlNets([model.control], self.weights)
         return model.float().eval(), conditioning, schedule
 
+    def hint(self, paths: Sequence[Path], size: tuple[int, int] | None = None) -> Tensor:
+        """The hints of all ControlNets joined, [1, C, H, W] in [0, 1].
+
+        Args:
+            paths: one file for each ControlNet.
+            size: width and height to which they are brought; by default that of the first hint.
+        """
+        hints: list[Tensor] = []
+        for path, reader in zip(paths, self.readers, strict=True):
+            hints.append(read_hint(path, size, reader))
+            size = size or (hints[0].shape[3], hints[0].shape[2])
+        return torch.cat(hints, dim=1)
+
     def _configured(self) -> tuple[ControlledUNet, Conditioning]:
         node, path = self.cfg.model, self.paths[0]
         found = checkpoints.resolve(path)
         if found.kind != "checkpoint" and node.ckpt_path is None:
             node.ckpt_path = str(path)  # also brings what else it holds: U-Net, VAE, text encoder
-        model, conditioning = build.build_model(node), build.build_conditioning(node)
+        model, conditioning = models.build_model(node), models.build_conditioning(node)
         if found.kind == "checkpoint":
             trained.load_model(model, found.folder)
             if self.average and found.average is not None:
@@ -127,7 +143,7 @@ def open_origin(
         if number or cfg is None:
             controls[number] = _control(path, base, average)
     if cfg is not None:
-        node = build.require_part(cfg.model, "control_stage_config")
+        node = models.require_part(cfg.model, "control_stage_config")
         first = HintReader.from_config(cfg.data.train.hint, node["hint_channels"])
         factor = 2 ** (len(node.get("hint_block_channels", (16, 32, 96, 256))) - 1)
     else:

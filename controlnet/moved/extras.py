@@ -1,0 +1,3 @@
+"""The former name of `controlnet.common.extras`."""
+
+from controlnet.common.extras import *  # noqa: F403

@@ -1,0 +1,3 @@
+"""The former name of `controlnet.build.opening`."""
+
+from controlnet.build.opening import *  # noqa: F403

@@ -1,0 +1,3 @@
+"""The former name of `controlnet.common.tar`."""
+
+from controlnet.common.tar import *  # noqa: F403

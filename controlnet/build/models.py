@@ -235,8 +235,8 @@ def check_vector(given: int | None, taken: int | None, what: str) -> None:
         stage = "no vector y" if given is None else f"a vector y of {given} channels"
         raise ConfigError(
             f"{what} is {taken}; expected {given}: the condition stage gives {stage}"
-            " (controlnet.conditioning.TextEncoders gives Stable Diffusion XL's, 2816: the pooled prompt's 1280 and 256 of each"
-            " of six time ids)"
+            " (controlnet.conditioning.TextEncoders gives Stable Diffusion XL's, 2816: the pooled prompt's 1280 and 256"
+            " of each of six time ids)"
         )
 
 

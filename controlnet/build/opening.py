@@ -18,10 +18,10 @@ from controlnet.checkpoints.folders import XL_SCALE_FACTOR
 from controlnet.conditioning import AutoencoderKL, CLIPTextEncoder, Conditioning, TextEncoders
 from controlnet.config import ConfigError
 from controlnet.data.hints import HintReader, read_hint
-from controlnet.model.several import SeveralControlNets
 from controlnet.model.controlled import ControlledUNet
 from controlnet.model.controlnet import ControlNet
 from controlnet.model.diffusion import NoiseSchedule
+from controlnet.model.several import SeveralControlNets
 
 logger = logging.getLogger(__name__)
 

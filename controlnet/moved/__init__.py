@@ -1,4 +1,1 @@
-"""Names that forward to rooms; `controlnet/__init__.py` finds them here.
-
-They are the modules' names from before the package got folders, and the command `controlnet.convert`.
-"""
+"""Names from before the package got folders: each module forwards to where its content is now."""

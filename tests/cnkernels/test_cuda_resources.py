@@ -21,8 +21,9 @@ from cnkernels.zero_conv_add import cuda_kernels as zero_conv_add
 from tests.cnkernels import host_build
 
 BUILD = host_build.csrc_build()
-ARCHS = {"80": "80", "86": "80", "89": "80", "90a": "90a", "100": "90", "120": "90"}  # machine code: from this PTX
-READ = ("80", "89", "90a", "120")  # whose machine code is read, too
+# Machine code: from this PTX. No kernel has instructions of 90a alone; one that had would not compile for 90.
+ARCHS = {"80": "80", "86": "80", "89": "80", "90": "90", "100": "90", "120": "90"}
+READ = ("80", "89", "90", "120")  # whose machine code is read, too
 STATIC_LIMIT = 48 * 1024
 SMALL_GPU_LIMIT = 99 * 1024  # dynamic, of sm_86, sm_89 and sm_120, where the portable kernels are to run too
 

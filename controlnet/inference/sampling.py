@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,9 +80,9 @@ def guided(
     if double and uncond_context.shape != context.shape:
         expected = tuple(context.shape)
         raise ValueError(f"uncond_context is {tuple(uncond_context.shape)}; expected the shape of context, {expected}")
-        if y is not None and (uncond_y is None or uncond_y.shape != y.shape):
-            got = None if uncond_y is None else tuple(uncond_y.shape)
-            raise ValueError(f"uncond_y is {got}; expected the shape of y, {tuple(y.shape)}")
+    if double and y is not None and (uncond_y is None or uncond_y.shape != y.shape):
+        got = None if uncond_y is None else tuple(uncond_y.shape)
+        raise ValueError(f"uncond_y is {got}; expected the shape of y, {tuple(y.shape)}")
     guided_hint = None
     if hint is not None:
         if hint.shape[0] != batch:
@@ -127,19 +128,12 @@ def ddim(
     shape: Sequence[int],
     context: Tensor,
     *,
-    uncond_context: Tensor | None = None,
-    y: Tensor | None = None,
-    uncond_y: Tensor | None = None,
-    hint: Tensor | None = None,
-    guidance_scale: float = 7.5,
     steps: int = 50,
     eta: float = 0.0,
     generator: torch.Generator | None = None,
-    scales: Scales = 1.0,
-    guess_mode: bool = False,
-    graph: bool | Recorder = False,
     x_T: Tensor | None = None,
     progress: Callable[[Sequence[int]], Sequence[int]] = lambda order: order,
+    **guidance: Any,
 ) -> Tensor:
     """Latents sampled by DDIM (Song et al. 2020, arXiv:2010.02502), float32 of `shape`.
 
@@ -149,27 +143,17 @@ def ddim(
 
     Args:
         shape: [N, C, h, w] of the latents.
-        context, uncond_context, y, uncond_y, hint, guidance_scale, scales, guess_mode, graph: see `guided`.
+        context: [N, T, D] text states of the prompts.
         steps: number of model evaluations, 1 to schedule.timesteps; which timesteps, see `ddim_timesteps`.
         eta: 0 is deterministic, 1 the variance of DDPM.
         generator: of x_T and of the noise of eta; its device is where they are drawn.
         x_T: [N, C, h, w] initial noise instead of a drawn one.
         progress: wraps the timesteps, for a progress bar.
+        guidance: arguments of `guided`: uncond_context, y, uncond_y, hint, guidance_scale, scales, guess_mode, graph.
     """
     if eta < 0:
         raise ValueError(f"eta is {eta}; expected 0 or more")
-    predict = guided(
-        model,
-        context,
-        uncond_context=uncond_context,
-        y=y,
-        uncond_y=uncond_y,
-        hint=hint,
-        guidance_scale=guidance_scale,
-        scales=scales,
-        guess_mode=guess_mode,
-        graph=graph,
-    )
+    predict = guided(model, context, **guidance)
     device = context.device
     x = (_randn(shape, generator, device) if x_T is None else x_T.to(device)).float()
     visited = ddim_timesteps(schedule.timesteps, steps)

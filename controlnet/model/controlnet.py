@@ -12,7 +12,7 @@ from cnkernels.nn import ZeroConv2d
 from controlnet.model.architecture import ControlNetArchitecture
 from controlnet.model.layers import conv3x3, zeroed
 from controlnet.model.scales import Scale, check_scale, controlled
-from controlnet.model.unet import Context, Embedding, Trunk, check_shape
+from controlnet.model.unet import Context, Trunk, check_shape
 
 
 class HintEncoder(nn.Sequential):
@@ -98,7 +98,6 @@ class ControlNet(Trunk):
         scales: Scale | Sequence[Scale] = 1.0,
         guided_hint: Tensor | None = None,
         y: Tensor | None = None,
-        embedding: Embedding | None = None,
     ) -> list[Tensor]:
         """The residuals for the U-Net's skips, then the one for its middle block: 13 tensors for Stable Diffusion.
 
@@ -113,8 +112,7 @@ class ControlNet(Trunk):
                 mask [N, 1, h, w] or [1, 1, h, w] of any size, averaged over areas to the size of each output. A number
                 that changes from call to call is better a tensor: nothing is compiled again.
             guided_hint: `encode_hint(hint)`, if it has been computed before.
-            y: [N, adm_in_channels], of a model with `num_classes`; not read if embedding is given.
-            embedding: `embed` or `prepare_timesteps` of timesteps and y, if it has been computed before.
+            y: [N, adm_in_channels], of a model with `num_classes` (Stable Diffusion XL).
         """
         self._check_inputs(x, timesteps, context)
         count = len(self.skip_channels) + 1
@@ -132,7 +130,6 @@ class ControlNet(Trunk):
             check_shape("hint", hint, n, self.arch.hint_channels, f * height, f * width)
             guided_hint = self.encode_hint(hint)
         check_shape("guided_hint", guided_hint, n, self.arch.model_channels, height, width)
-        embedding = self.embed(timesteps, y) if embedding is None else embedding
-        features = self._trunk(x, embedding, self._cast(context), guided_hint)
+        features = self._trunk(x, self.embed(timesteps, y), self._cast(context), guided_hint)
         zero_convs = [conv[0] for conv in (*self.zero_convs, self.middle_block_out)]
         return controlled(zero_convs, features, residuals, scales)

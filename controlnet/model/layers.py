@@ -22,11 +22,7 @@ Size = tuple[int, int]
 
 
 class Prepared(dict[nn.Module, Any]):
-    """What layers make of an input that stays the same over many calls, by layer. It takes the input's place."""
-
-    def rows(self, start: int, end: int) -> "Prepared":
-        """That of the rows [start, end) of the input."""
-        return Prepared({layer: result[start:end] for layer, result in self.items()})
+    """Keys and values of a context by cross-attention layer, computed once and passed in the context's place."""
 
 
 class Conv2d(nn.Conv2d):
@@ -199,11 +195,11 @@ class ResBlock(nn.Module):
         )
         self.skip_connection = nn.Identity() if channels == out_channels else Conv1x1Add(channels, out_channels)
 
-    def forward(self, x: Tensor, embedding: Tensor | Prepared, size: Size | None = None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, size: Size | None = None) -> Tensor:
         """x [N, channels, H, W], embedding [N, embedding_channels], size: of the output if `up`."""
         return checkpointed(self._forward, x, embedding, size, enabled=self.use_checkpoint, dropout=self.dropout)
 
-    def _forward(self, x: Tensor, embedding: Tensor | Prepared, size: Size | None) -> Tensor:
+    def _forward(self, x: Tensor, embedding: Tensor, size: Size | None) -> Tensor:
         norm, _, conv = self.in_layers
         if self.down:
             h, x = conv(F.avg_pool2d(norm(x), 2)), F.avg_pool2d(x, 2)
@@ -212,8 +208,7 @@ class ResBlock(nn.Module):
             h = conv(h)
         else:
             h = conv(norm.later(x))
-        projected = embedding[self] if isinstance(embedding, Prepared) else self.emb_layers(embedding)
-        h = self._second(h, projected)
+        h = self._second(h, self.emb_layers(embedding))
         return h + x if isinstance(self.skip_connection, nn.Identity) else self.skip_connection(x, h)
 
     def _second(self, h: Tensor, embedding: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from controlnet.model.layers import (
 )
 from controlnet.model.transformer import AttentionBlock, CrossAttention, SpatialTransformer
 
-Embedding = Tensor | Prepared  # [N, 4 * model_channels], or of `Trunk.prepare_timesteps`
 Context = Tensor | Prepared | None  # [N, T, context_dim], or of `Trunk.prepare_context`
 
 
@@ -38,7 +37,7 @@ def check_shape(name: str, tensor: Tensor | None, *expected: int | str) -> None:
 class TimestepSequential(nn.Sequential):
     """Layers in sequence, each given what it takes of the timestep embedding, the context and the size to reach."""
 
-    def forward(self, h: Tensor, embedding: Embedding, context: Context, size: Size | None = None) -> Tensor:
+    def forward(self, h: Tensor, embedding: Tensor, context: Context, size: Size | None = None) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 h = layer(h, embedding, size)
@@ -139,14 +138,6 @@ class Trunk(nn.Module):
         check_shape("y", y, timesteps.shape[0], self.arch.adm_in_channels)
         return self.time_embed(timesteps, self.label_emb(y.to(self.dtype)))
 
-    def prepare_timesteps(self, timesteps: Tensor, y: Tensor | None = None) -> Prepared:
-        """What every residual block makes of timesteps [N] and y: the `embedding` of any number of calls.
-
-        A whole schedule is prepared at once, and each step takes its `rows`. To be prepared again when weights change.
-        """
-        embedding = self.embed(timesteps, y)
-        return Prepared({m: m.emb_layers(embedding) for m in self.modules() if isinstance(m, ResBlock)})
-
     def prepare_context(self, context: Tensor) -> Prepared:
         """The keys and values of a context [N, T, context_dim]: the `context` of any number of calls.
 
@@ -156,9 +147,7 @@ class Trunk(nn.Module):
         attentions = (m for m in self.modules() if isinstance(m, CrossAttention) and m.reads_context)
         return Prepared({m: m.project_context(context.to(self.dtype)) for m in attentions})
 
-    def _trunk(
-        self, x: Tensor, embedding: Embedding, context: Context, guided_hint: Tensor | None = None
-    ) -> list[Tensor]:
+    def _trunk(self, x: Tensor, embedding: Tensor, context: Context, guided_hint: Tensor | None = None) -> list[Tensor]:
         """The outputs of all input blocks, then that of the middle block."""
         first, *blocks = self.input_blocks
         h = first(x.to(self.dtype), embedding, context)
@@ -226,7 +215,7 @@ class UNet(Trunk):
         context: Context = None,
         *,
         y: Tensor | None = None,
-        embedding: Embedding | None = None,
+        embedding: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """The encoder and the middle block.
 
@@ -235,7 +224,7 @@ class UNet(Trunk):
             timesteps: [N], integer or float, in the units of training (0 to 999 for Stable Diffusion).
             context: [N, T, context_dim], or `prepare_context` of it; not read without `use_spatial_transformer`.
             y: [N, adm_in_channels], of a model with `num_classes`; not read if embedding is given.
-            embedding: `embed` or `prepare_timesteps` of timesteps and y, if it has been computed before.
+            embedding: `embed` of timesteps and y, if it has been computed before.
 
         Returns:
             h, the middle block's output, and the skips, the output of each input block: 12 for Stable Diffusion.
@@ -255,7 +244,7 @@ class UNet(Trunk):
         *,
         only_mid_control: bool = False,
         y: Tensor | None = None,
-        embedding: Embedding | None = None,
+        embedding: Tensor | None = None,
     ) -> Tensor:
         """The decoder, on skips[i] + control[i] and h + control[-1].
 
@@ -288,7 +277,7 @@ class UNet(Trunk):
         context: Context = None,
         control: Sequence[Tensor] | None = None,
         only_mid_control: bool = False,
-        embedding: Embedding | None = None,
+        embedding: Tensor | None = None,
         y: Tensor | None = None,
     ) -> Tensor:
         """encode, then decode; the arguments are theirs."""

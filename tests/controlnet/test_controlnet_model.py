@@ -156,8 +156,7 @@ def test_prepared_inputs_change_nothing():
     case = CASES["sd15"]
     ours, _ = twins.controlnet_pair(case)
     x, timesteps, context, hint = twins.inputs(case)
-    prepared = {"context": ours.prepare_context(context), "embedding": ours.prepare_timesteps(timesteps)}
-    got = ours(x, None, timesteps, guided_hint=ours.encode_hint(hint), **prepared)
+    got = ours(x, None, timesteps, ours.prepare_context(context), guided_hint=ours.encode_hint(hint))
     for output, expected in zip(got, ours(x, hint, timesteps, context), strict=True):
         assert_same(output, expected)
 

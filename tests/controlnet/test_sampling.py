@@ -175,3 +175,7 @@ def test_bad_arguments():
         guided(model, context, hint=hint[:1])
     with pytest.raises(ValueError, match=r"uncond_context is \(2, 2, 6\); expected the shape of context, \(2, 3, 6\)"):
         guided(model, context, uncond_context=uncond[:, :2])
+    y = torch.ones(2, 5)
+    for wrong, got in ((None, "None"), (y[:1], r"\(1, 5\)")):
+        with pytest.raises(ValueError, match=rf"uncond_y is {got}; expected the shape of y, \(2, 5\)"):
+            guided(model, context, uncond_context=uncond, y=y, uncond_y=wrong)

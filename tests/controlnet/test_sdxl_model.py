@@ -131,8 +131,7 @@ def test_prepared_inputs_and_the_cut_change_nothing():
     x, context, pooled, sizes, timesteps, _ = inputs()
     y = torch.cat([pooled, sinusoids(sizes, TIME).double()], dim=1)
     want = unet(x, timesteps, context, y=y)
-    prepared = unet.prepare_timesteps(timesteps, y)
-    assert_same(unet(x, timesteps, unet.prepare_context(context), embedding=prepared), want)
+    assert_same(unet(x, timesteps, unet.prepare_context(context), embedding=unet.embed(timesteps, y)), want)
     h, skips = unet.encode(x, timesteps, context, y=y)
     assert_same(unet.decode(h, skips, None, timesteps, context, y=y), want)
     assert (unet(x, timesteps, context, y=y.flip(0)) - want).abs().max() > 0.01, "y has no effect"

@@ -105,16 +105,13 @@ def test_attention_block_equals_diffusers(new_order, flash):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @torch.no_grad()
 def test_prepared_inputs_change_nothing(case):
-    """The context's keys and values, and a row of the prepared schedule, in the places of context and timesteps."""
+    """The context's keys and values in the place of the context, at several timesteps."""
     ours, _ = twins.unet_pair(case)
-    x, timesteps, context, _ = twins.inputs(case)
-    n = len(x)
-    schedule = torch.tensor([999, 500, 20])
-    prepared = ours.prepare_timesteps(schedule.repeat_interleave(n))
-    for index, timestep in enumerate(schedule):
-        timesteps = timestep.expand(n)
-        embedding = prepared.rows(index * n, (index + 1) * n)
-        got = ours(x, timesteps, ours.prepare_context(context), embedding=embedding)
+    x, _, context, _ = twins.inputs(case)
+    prepared = ours.prepare_context(context)
+    for timestep in (999, 20):
+        timesteps = torch.tensor(timestep).expand(len(x))
+        got = ours(x, timesteps, prepared, embedding=ours.embed(timesteps))
         assert_same(got, ours(x, timesteps, context))
 
 

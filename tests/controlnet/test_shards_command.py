@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from controlnet import shards
-from controlnet.data import build_loader
+from controlnet.data import build_loader, writing
 from controlnet.data.shards import read_wdinfo
 from tests.controlnet.shard_files import jpeg, png, write_tar
 
@@ -257,10 +257,8 @@ class TestResuming:
         (images / "out" / "00001.tar").unlink()
         (images / "out" / "00000.tar.part").write_bytes(b"half")
         made = []
-        make = shards.write.__globals__["make"]
-        monkeypatch.setitem(
-            shards.write.__globals__, "make", lambda item, making: (made.append(item.key), make(item, making))[1]
-        )
+        make = writing.make
+        monkeypatch.setattr(writing, "make", lambda item, making: (made.append(item.key), make(item, making))[1])
         status, again, _ = run(capsys, *self.arguments(images))
         assert status == 0
         assert made == ["2", "3"]

@@ -6,7 +6,6 @@ ControlNet that do work, about the number of kernel launches; views are none. FL
 All on fake tensors, channels_last, beside diffusers' modules of the same size if diffusers is installed.
 """
 
-import argparse
 import importlib.util
 import json
 import math
@@ -23,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.jobs import SD15
+from cnkernels.progress import say
+from controlnet.common.command import parser as command_parser
 from controlnet.model.controlled import ControlledUNet
 from controlnet.model.controlnet import ControlNet
 from controlnet.model.unet import UNet
@@ -182,6 +183,7 @@ def fake_networks(build: Callable[[], Networks]) -> Iterator[Networks]:
 
 
 def measure(build: Callable[[], Networks]) -> dict[str, float]:
+    say(f"counting a step of {build.__name__}")
     with fake_networks(build) as networks:
         return {
             "saved for backward, MB": saved_bytes(networks) / 1e6,
@@ -204,8 +206,13 @@ def report() -> dict[str, dict[str, float]]:
     return rows
 
 
+EXAMPLES = """
+python -m benchmarks.device_free --json device_free.json
+"""
+
+
 def main(arguments: Iterable[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.device_free", description=__doc__.split("\n")[0])
+    parser = command_parser("benchmarks.device_free", __doc__, EXAMPLES)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file, too")
     options = parser.parse_args(arguments)
     rows = report()

@@ -12,7 +12,6 @@ contiguous weights these are the convolutions' in channels_last, too, since diff
 also the peak of each step.
 """
 
-import argparse
 import json
 import os
 import time
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks import jobs, machine
 from cnkernels import timing
+from controlnet.common.command import parser as command_parser
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -141,7 +141,7 @@ def compare(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.drop_in", description=__doc__.split("\n")[0])
+    parser = command_parser("benchmarks.drop_in", __doc__, "python -m benchmarks.drop_in --width small --repeats 3")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--threads", type=int, help="of PyTorch on a CPU (default: its own choice)")
     parser.add_argument("--repeats", type=int, default=7, help="turns of each side (default: 7)")

@@ -6,7 +6,6 @@ python -m benchmarks.gate --report JUNIT.xml [--op OP] [--output FILE]  # reads 
 FILE says of what it is the gate: commit, sources, extension, machine. `benchmarks.run --gate FILE` refuses any other's.
 """
 
-import argparse
 import hashlib
 import importlib.util
 import json
@@ -24,6 +23,8 @@ import torch
 from benchmarks import machine, ops
 from benchmarks.machine import ROOT
 from cnkernels import dispatch
+from cnkernels.progress import say
+from controlnet.common.command import parser as command_parser
 
 TESTS = Path("tests", "cnkernels")
 SOURCES = ("cnkernels", "csrc", "tests/cnkernels", "tests/conftest.py")
@@ -59,6 +60,7 @@ def run_tests(of: dict[str, list[str]], report: Path, end: float = math.inf) -> 
         command += ["-p", "benchmarks.deadline", "--end", str(end)]
     if importlib.util.find_spec("xdist") and (processes := min(8, (os.cpu_count() or 1) // 2)) > 1:
         command += ["-n", str(processes)]
+    say(f"running the tests of {', '.join(of)}, which takes minutes")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if not report.exists():
         raise RuntimeError(f"the tests did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -137,8 +139,14 @@ def refused(of_op: dict[str, dict]) -> dict[str, str]:
     return reasons
 
 
+EXAMPLES = """
+python -m benchmarks.gate --op geglu --output gate.json
+python -m benchmarks.run --gate gate.json
+"""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=__doc__)
+    parser = command_parser("benchmarks.gate", __doc__, EXAMPLES)
     parser.add_argument("--op", action="append", choices=dispatch.OPS, help="may be given more than once; default: all")
     parser.add_argument("--report", type=Path, help="JUnit XML of a run of the tests; default: run them")
     parser.add_argument("--output", type=Path, help="JSON file, for benchmarks.run --gate")

@@ -9,7 +9,6 @@ each, so that the unit and not the latency is measured. The source is generated,
 accumulator register.
 """
 
-import argparse
 import json
 import os
 import re
@@ -20,6 +19,9 @@ import tempfile
 from pathlib import Path
 
 import triton
+
+from cnkernels.progress import say
+from controlnet.common.command import parser as command_parser
 
 COLUMNS = (40, 48, 80, 88, 160, 64, 128)  # N of wgmma: exact, ones column, peers' padding
 ITERATIONS, CHAINS = 256, 8
@@ -199,12 +201,18 @@ def instructions(program: Path) -> dict[str, set[str]]:
     return found
 
 
+EXAMPLES = """
+python -m benchmarks.hopper_micro --output hopper.json
+"""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.hopper_micro", description=__doc__)
+    parser = command_parser("benchmarks.hopper_micro", __doc__, EXAMPLES)
     parser.add_argument("--compile-only", action="store_true", help="build, print the instructions, do not run")
     parser.add_argument("--output", type=Path, help="JSON file of the results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        say("compiling the benchmarks, then running them")
         program = build(Path(folder))
         if options.compile_only:
             for name, found in instructions(program).items():

@@ -12,7 +12,6 @@ At one image per batch a fast GPU waits for Python. Here everything before a lau
 Times are CPU time of one thread. Providers take turns, and a ratio is the median of the ratios of neighbouring turns.
 """
 
-import argparse
 import gc
 import importlib.util
 import json
@@ -33,6 +32,8 @@ from torch.utils._pytree import tree_map_only
 
 import cnkernels
 from benchmarks import jobs, stub_gpu
+from cnkernels.progress import Progress, say
+from controlnet.common.command import parser as command_parser
 from controlnet.model.controlnet import ControlNet
 
 DTYPE = torch.float16
@@ -140,7 +141,7 @@ def _leaves(out: Tensor) -> list[Tensor]:
 
 def ops(times: int, turns: int) -> list[dict[str, Any]]:
     """Rows {op, gradients, us, replaced_us, silu}: silu is how many calls of F.silu of a tiny tensor it costs."""
-    rows = []
+    rows, progress = [], Progress(2 * len(op_calls(False)))
     tiny = torch.zeros(8, dtype=DTYPE)
     for grad in (False, True):
         each = CALLS if grad else 1
@@ -149,6 +150,7 @@ def ops(times: int, turns: int) -> list[dict[str, Any]]:
             if grad:
                 calls = {"ours": _backward(op, 0), "replaced": _backward(op, 1)}
             calls["silu"] = lambda: [F.silu(tiny) for _ in range(SILUS)]
+            progress(len(rows), op)
             with torch.set_grad_enabled(grad):
                 seconds = measure(calls, times, turns)
             ours, replaced = ([t / each for t in seconds[name]] for name in ("ours", "replaced"))
@@ -247,6 +249,7 @@ def steps(turns: int) -> list[dict[str, Any]]:
     """Rows {step, provider, ms, ratio to diffusers}."""
     rows = []
     for training in (False, True):
+        say(f"measuring the host's time of a {'training' if training else 'denoise'} step")
         with stub_gpu.no_arithmetic(), hints_given():
             calls = step_calls(training)
             seconds = measure(calls, 1, turns)
@@ -325,6 +328,7 @@ def kernels(arch: int) -> list[dict[str, Any]]:
                 steps = FirstSteps(training, getattr(torch, layout), compiled)
                 for batch, side in sizes:
                     kind = "training" if training else "denoise"
+                    say(f"counting the kernels of a {kind} step, {layout}, batch {batch}, latents {side}x{side}")
                     name = f"{kind} step, {layout.removesuffix('_format')}, batch {batch}, {8 * side}x{8 * side}"
                     rows.append({"step": name, "kernels": steps.step(batch, side)})
     return rows
@@ -359,8 +363,14 @@ def show(found: dict[str, list[dict[str, Any]]]) -> None:
         print(f"{row['step']:54}{row['kernels']:8d} kernels compiled")
 
 
+EXAMPLES = """
+python -m benchmarks.host_cost --only steps --quick
+python -m benchmarks.host_cost --json host_cost.json
+"""
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.host_cost", description=__doc__.split("\n")[0])
+    parser = command_parser("benchmarks.host_cost", __doc__, EXAMPLES)
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
     parser.add_argument("--arch", type=int, choices=list(stub_gpu.SHARED_KIB), default=90)
     parser.add_argument("--quick", action="store_true", help="a few turns, to see that it works")

@@ -7,12 +7,12 @@ FILE is the newest result by default. With --readme, the text between the marks 
 `<!-- /benchmarks -->` of that file is replaced by the tables.
 """
 
-import argparse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import Rows, groups, is_ours, key, load, newest, timed
+from controlnet.common.command import parser as command_parser
 
 OPEN, CLOSE = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
@@ -101,8 +101,14 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
     return _table(["row", "new / old", "within noise", "verdict"], body)
 
 
+EXAMPLES = """
+python -m benchmarks.report --readme README.md --plots docs/images
+python -m benchmarks.report --compare before.json after.json
+"""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser = command_parser("benchmarks.report", __doc__, EXAMPLES)
     parser.add_argument("result", nargs="?", type=Path, help="default: the newest in benchmarks/results/")
     parser.add_argument("--readme", type=Path, help="file whose marked section is replaced")
     parser.add_argument("--plots", type=Path, help="folder for the plots (needs matplotlib)")

@@ -27,6 +27,7 @@ from benchmarks import gate, jobs, machine, measure, ops, peers
 from benchmarks.budget import NOT_REACHED, Budget
 from benchmarks.rows import key
 from cnkernels import dispatch
+from controlnet.common.command import parser as command_parser
 
 logger = logging.getLogger("benchmarks")
 
@@ -56,8 +57,14 @@ class Step:
         return self.place + QUICK_SHAPES * self.slow, self.slow
 
 
+EXAMPLES = """
+python -m benchmarks.run --quick
+python -m benchmarks.run --op attention --dtype float16 --shape 64x64 --budget 60 --output attention.json
+"""
+
+
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser = command_parser("benchmarks.run", __doc__, EXAMPLES)
     parser.add_argument("--quick", action="store_true", help="batch 2, float16, few shapes, one size of each job")
     parser.add_argument("--op", action="append", choices=dispatch.OPS, help="only this op; may be repeated")
     parser.add_argument("--job", action="append", choices=list(jobs.PROVIDERS), help="only this job; may be repeated")

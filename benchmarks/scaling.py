@@ -5,7 +5,6 @@
 Weak scaling: every rank keeps its batch. On GPUs with NCCL at SD 1.5's size; on a CPU with gloo at a small one.
 """
 
-import argparse
 import datetime
 import json
 import os
@@ -17,6 +16,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import jobs, machine
+from cnkernels.progress import say
+from controlnet.common.command import parser as command_parser
 from controlnet.model.diffusion import DiffusionLoss, NoiseSchedule
 
 STEPS, WARM_UP = 10, 3
@@ -48,8 +49,13 @@ def samples_per_second(step, batch: int, device: torch.device) -> float:
     return batch * STEPS / (time.perf_counter() - begin)
 
 
+EXAMPLES = """
+torchrun --nproc_per_node 2 -m benchmarks.scaling --batch 4 --output scaling.json
+"""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="torchrun -m benchmarks.scaling", description=__doc__)
+    parser = command_parser("benchmarks.scaling", __doc__, EXAMPLES)
     parser.add_argument("--batch", type=int, help="images per rank (default: 8 on a GPU, 1 on a CPU)")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
@@ -60,11 +66,14 @@ def main() -> None:
     dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=5))
     params, side = (jobs.SD15, 64) if cuda else (jobs.TINY, 8)
     job = jobs.Job("training step", options.batch or (8 if cuda else 1), side, torch.bfloat16)
+    first = dist.get_rank() == 0
+    if first:
+        say(f"measuring {WARM_UP + STEPS} training steps of each rank alone, then of all together")
     alone = samples_per_second(build(job, device, params, parallel=False), job.batch, device)
     together = samples_per_second(build(job, device, params, parallel=True), job.batch, device)
     rates = torch.tensor([alone, together], dtype=torch.float64, device=device)
     dist.all_reduce(rates)
-    if dist.get_rank() == 0:
+    if first:
         ranks = dist.get_world_size()
         row = {"shape": job.label, "ranks": ranks, "alone_per_second": rates[0].item() / ranks}
         row |= {"together_per_second": rates[1].item(), "efficiency": (rates[1] / rates[0]).item()}

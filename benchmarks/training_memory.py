@@ -6,7 +6,6 @@ workspaces of single operations, the allocator's rounding, and the CUDA context,
 what encoded shards (`python -m controlnet.encode`) leave of the FLOPs of a step.
 """
 
-import argparse
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.device_free import Networks, fake_networks, flops, saved_bytes
 from benchmarks.jobs import SD15
+from cnkernels.progress import say
+from controlnet.common.command import parser as command_parser
 from controlnet.model.controlled import ControlledUNet
 from controlnet.model.controlnet import ControlNet
 from controlnet.model.unet import UNet
@@ -85,6 +86,7 @@ def measure() -> dict[str, object]:
     """All that the table is made of."""
     found: dict[str, object] = {}
     for checkpointing in (False, True):
+        say(f"counting a training step {'with' if checkpointing else 'without'} activation checkpointing")
         with fake_networks(lambda: networks(checkpointing)) as built:  # noqa: B023
             model = built.modules[0]
             found["locked"], found["trained"] = count(model.unet), count(model.control)
@@ -129,8 +131,13 @@ def share_of_encoded(found: dict[str, object]) -> float:
     return step / (step + found["TFLOP, encoding"])
 
 
+EXAMPLES = """
+python -m benchmarks.training_memory --json memory.json
+"""
+
+
 def main(arguments: Iterable[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_memory", description=__doc__.split("\n")[0])
+    parser = command_parser("benchmarks.training_memory", __doc__, EXAMPLES)
     parser.add_argument("--json", type=Path, help="file for what was counted")
     options = parser.parse_args(arguments)
     found = measure()

@@ -170,7 +170,12 @@ def report(archs: list[int], ops: list[str], every: int = 1, processes: int = 2)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m cnkernels.aot", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m cnkernels.aot",
+        description="Compiles every Triton kernel without a GPU, and prints its registers, spills and instructions.",
+        epilog="example:\n  python -m cnkernels.aot --arch 90 --op group_norm_silu --every 20",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--arch", type=int, action="append", choices=list(ARCHITECTURES), help="default: all")
     parser.add_argument("--op", action="append", choices=list(OPS), help="default: all")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="one in N of each kernel's cases")

@@ -1,6 +1,9 @@
 """What the documentation says can be done: links lead somewhere, snippets and examples run."""
 
+import argparse
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +40,46 @@ def test_modules_that_commands_name_are_there(page):
 
     for module in set(re.findall(r"python -m ((?:controlnet|cnkernels|benchmarks|tests)[\w.]*)", page.read_text())):
         assert importlib.util.find_spec(module), f"{page.name}: python -m {module}"
+
+
+def commands() -> list[str]:
+    """The modules that a page or the Makefile starts by `python -m` or torchrun."""
+    text = "\n".join(page.read_text() for page in [*PAGES, ROOT / "Makefile"])
+    return sorted(set(re.findall(r"-m ((?:controlnet|cnkernels|benchmarks|tests)[a-z_.]*[a-z])", text)))
+
+
+class Parsed(Exception):
+    """The command line was understood."""
+
+
+def arguments_of(module: str, words: list[str], monkeypatch) -> None:
+    """Starts a module with these words, as far as its parser. Raises SystemExit for what it does not understand."""
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def parse_and_stop(self, *arguments, **options):
+        parse(self, *arguments, **options)
+        raise Parsed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
+        patched.setattr(sys, "argv", [module, *words])
+        patched.chdir(ROOT)
+        runpy.run_module(module, run_name="__main__", alter_sys=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("module", commands())
+def test_help_has_an_example_that_the_command_understands(module, monkeypatch, capsys):
+    try:
+        arguments_of(module, ["--help"], monkeypatch)
+    except SystemExit as end:  # torch's @record swallows it
+        assert end.code == 0
+    shown = capsys.readouterr().out.partition("example")[2].replace("\\\n", " ")
+    examples = re.findall(rf"-m {re.escape(module)}(?![\w.])([^|>\n]*)", shown)
+    assert examples, f"{module} --help has no example"
+    for example in examples:
+        with pytest.raises(Parsed):
+            arguments_of(module, shlex.split(example), monkeypatch)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
@@ -102,3 +145,12 @@ def test_both_packages_have_the_distribution_s_version():
     assert cnkernels.__version__ == controlnet.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+", cnkernels.__version__)
     assert (ROOT / "README.md").read_text().startswith(f"# {project['project']['name']}\n")
+
+
+def test_nothing_advises_to_install_a_name_that_nobody_published():
+    folders = ("cnkernels", "controlnet", "benchmarks", "docs", "examples")
+    files = [*ROOT.glob("*.md"), *(file for folder in folders for file in (ROOT / folder).rglob("*.[pm][yd]"))]
+    assert len(files) > 100
+    for file in files:
+        advised = re.search(r"pip install (-\S+ )*['\"]?(cnkernels|controlnet)\b", file.read_text(encoding="utf-8"))
+        assert advised is None, f"{file.relative_to(ROOT)}: {advised[0]}"

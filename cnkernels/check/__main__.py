@@ -22,6 +22,7 @@ import torch
 from cnkernels import dispatch, machine
 from cnkernels.check import Result, emulation, keep, now, run
 from cnkernels.check.trial import trials
+from cnkernels.progress import Progress
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,10 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _told(results: Iterable[Result], count: int) -> Iterable[Result]:
-    """The results as they come, with a line of progress on a terminal."""
+    """The results as they come, each with a line of progress."""
+    progress = Progress(count)
     for done, (trial, fault) in enumerate(results, 1):
-        if sys.stderr.isatty():
-            print(f"\r\033[K{done}/{count} {trial.label}", end="\n" if done == count else "", file=sys.stderr)
+        progress(done, trial.label)
         yield trial, fault
 
 

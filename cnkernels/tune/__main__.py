@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from cnkernels import cache, machine, timing, tuning
+from cnkernels.progress import Progress
 from cnkernels.tune import MODELS, Call, missing, of_model, record, tune
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -55,8 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     todo = list(calls) if options.again else missing(calls, device)
     print(f"{len(calls)} kinds of call, {len(calls) - len(todo)} of them measured before")
+    progress = Progress(len(todo))
     try:
-        made = tune(todo, device, rounds=options.rounds, progress=_progress)
+        made = tune(todo, device, rounds=options.rounds, progress=lambda done, _, call: progress(done, call))
+        if todo:
+            progress(len(todo), "measured")
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept", file=sys.stderr)
         return 130
@@ -94,11 +98,6 @@ def _calls(options: argparse.Namespace, device: torch.device) -> Sequence[Call]:
         for call in of_model(name, getattr(torch, dtype), options.training, options.batch)
     ]
     return list(dict.fromkeys(calls))
-
-
-def _progress(done: int, count: int, call: Call) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{done + 1}/{count} {call}", end="\n" if done + 1 == count else "", file=sys.stderr, flush=True)
 
 
 def ship(device: torch.device, folder: Path) -> Path:

@@ -1,7 +1,6 @@
 """Checks and tunes for the calls that a model really makes, at its first call: what `tune=True` asks for."""
 
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from cnkernels import check
+from cnkernels.progress import Progress
 from cnkernels.tune import Call, missing, record, tune
 
 logger = logging.getLogger(__name__)
@@ -56,12 +56,8 @@ def for_calls(calls: Sequence[Call], device: torch.device) -> None:
     for trial, fault in check.ensure({c.op for c in calls}, {c.first.dtype for c in calls}, device):
         logger.warning("%s is wrong on this machine and will not be used: %s", trial.label, fault)
     todo = missing(calls, device)
-    tune(todo, device, progress=_progress)
+    progress = Progress(len(todo))
+    tune(todo, device, progress=lambda done, count, call: progress(done, "kernels measured"))
     if todo:
+        progress(len(todo), "kernels measured")
         logger.info("measured %d kinds of call for this model; %d were known", len(todo), len(calls) - len(todo))
-
-
-def _progress(done: int, count: int, call: Call) -> None:
-    if sys.stderr.isatty():
-        end = "\n" if done + 1 == count else ""
-        print(f"\r\033[Kmeasuring kernels {done + 1}/{count}", end=end, file=sys.stderr, flush=True)

@@ -8,7 +8,6 @@ run that was stopped goes on where it was, and pieces of other sources are done 
 FOLDER/summary.md as well, and an exit status of 1 if anything failed. With the defaults about two hours of one core.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -22,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from controlnet.common.command import parser as command_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("cnkernels", "csrc", "tests/cnkernels", "tests/conftest.py")
@@ -183,11 +184,8 @@ PARTS = ("tests", "mutants", "tightest")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.cnkernels.campaign",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    examples = "python -m tests.cnkernels.campaign results --seeds 1 --sets default --mutants 1 --tightest 10"
+    parser = command_parser("tests.cnkernels.campaign", __doc__, examples)
     parser.add_argument("folder", type=Path, help="of the results")
     parser.add_argument("--first", type=int, default=0, help="the first seed of each part")
     parser.add_argument("--seeds", type=int, default=8, help="seeds of all op tests")

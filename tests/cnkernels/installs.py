@@ -8,7 +8,6 @@ CNKERNELS_ARCHS, or by default as csrc/build.py does. The dependencies are those
 `make extension` installs its own.
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -18,6 +17,9 @@ import tempfile
 import time
 import venv
 from pathlib import Path
+
+from cnkernels.progress import say
+from controlnet.common.command import parser as command_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 WAYS = ("pure", "compiled", "in-place")
@@ -95,11 +97,12 @@ def install(way: str, work: Path, wheel: Path | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.cnkernels.installs", description=__doc__.split("\n")[0])
+    parser = command_parser("tests.cnkernels.installs", __doc__, "python -m tests.cnkernels.installs pure")
     parser.add_argument("way", nargs="?", choices=(*WAYS, "all"), default="all")
     parser.add_argument("--wheel", type=Path, metavar="FOLDER", help="where to leave the compiled wheel")
     options = parser.parse_args()
     for way in WAYS if options.way == "all" else (options.way,):
+        say(f"{way}: installing, which takes minutes with nvcc")
         with tempfile.TemporaryDirectory() as work:
             install(way, Path(work), options.wheel and options.wheel.resolve())
 

@@ -7,7 +7,6 @@ and returns how often each outcome came: {"survived": 998, ...}. Outcomes named 
 them the exit status is 1, and `python -m tests.reliability --rounds N --seed S SUBJECT` makes the same faults again.
 """
 
-import argparse
 import importlib
 import json
 import pkgutil
@@ -15,6 +14,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from cnkernels.progress import say
+from controlnet.common.command import parser as command_parser
 
 FAILURES = ("lost", "raised", "hung", "accepted damage", "grows")
 
@@ -28,7 +30,7 @@ def subjects() -> dict[str, object]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.reliability", description=__doc__.split("\n")[0])
+    parser = command_parser("tests.reliability", __doc__, "python -m tests.reliability --rounds 20 --seed 1 manifests")
     parser.add_argument("--rounds", type=int, default=100, help="faults of each subject")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random")
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help="modules of tests/reliability (default: all)")
@@ -40,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = False
     for name in arguments.subjects or known:
         begin = time.monotonic()
+        say(f"{name}: {arguments.rounds} rounds")
         counts = dict(known[name].campaign(arguments.rounds, arguments.seed))
         row = {"subject": name, "rounds": arguments.rounds, "seed": arguments.seed, "counts": counts}
         print(json.dumps({**row, "seconds": round(time.monotonic() - begin, 1)}), flush=True)

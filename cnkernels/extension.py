@@ -13,6 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from cnkernels.register import dtype_name
+
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
@@ -117,7 +119,7 @@ def address(tensor: Tensor | None) -> int:
 
 def dtype_of(library: ModuleType, tensor: Tensor) -> object:
     """The extension's name of the tensor's dtype."""
-    return getattr(library.Dtype, str(tensor.dtype).removeprefix("torch."))
+    return getattr(library.Dtype, dtype_name(tensor.dtype))
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Memory formats: the two that every op serves without a copy, and the one copy that others get."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,12 +13,12 @@ def allocator(
     device: torch.device,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Callable[[], Tensor]:
-    """What makes such a tensor, its strides worked out once: torch.empty takes twice as long."""
+    """A function that allocates such a tensor. Its strides are computed once: torch.empty takes twice as long."""
     inner_first = (1, 3, 2, 0) if memory_format is torch.channels_last else reversed(range(len(shape)))
     shape, strides, step = tuple(shape), [0] * len(shape), 1
     for dimension in inner_first:
         strides[dimension], step = step, step * max(shape[dimension], 1)
-    return lambda: torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    return functools.partial(torch.empty_strided, shape, tuple(strides), dtype=dtype, device=device)
 
 
 def memory_format_of(dense: Tensor) -> torch.memory_format:

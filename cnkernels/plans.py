@@ -1,8 +1,8 @@
-"""What a call needs, found out once: the first call of its kind plans, and every other such call only launches.
+"""Caches of plans: the first call of a kind validates and plans, later ones look the plan up and launch.
 
-A plan may rely on what is in its key: shape, strides, dtype, device and 16-byte alignment of each tensor, every option
-that the kernel is chosen or compiled by, and the backend in force. It holds no tensor, and refuses nothing: what a call
-may be refused for is in the key as well, and is checked where the plan is made.
+A plan is a function with the arguments of the call. It may rely on what is in its key: shape, strides, dtype, device
+and 16-byte alignment of each tensor, every option that the kernel is chosen or compiled by, and the backend in force.
+It holds no tensor and validates nothing: whatever validation reads is in the key as well.
 """
 
 import threading
@@ -13,15 +13,20 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 LIMIT = 4096  # plans of one kind; the oldest goes first
 
 _all: "WeakSet[Plans]" = WeakSet()
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_C = torch._C
+_dispatch_modes, _function_modes = _C._len_torch_dispatch_stack, _C._len_torch_function_stack
+_transforms_active, _tracing_state = _C._are_functorch_transforms_active, _C._get_tracing_state
+_profiler_enabled = _C._autograd._profiler_enabled
 
 
 class Plans:
-    """Plans of one kind by their keys. Reading takes no lock: a dictionary is safe under threads."""
+    """A bounded cache of plans by their keys. Reads take no lock: dictionary look-ups are atomic."""
 
     def __init__(self):
         self._made: dict[Hashable, Callable] = {}
@@ -46,33 +51,38 @@ class Plans:
 
 
 def forget() -> None:
-    """Drops every plan: to be called when anything changes that a plan rests on and that is not in its key.
+    """Drops every plan. Call it when something changes that plans depend on and that is not in their keys.
 
-    Such are the tables of `cnkernels.tuning` and the rules that configurations come from.
+    Such are the measured tables and findings that backends are chosen by (`cnkernels.findings`).
     """
     for plans in list(_all):
         plans.forget()
 
 
 def of(t: Tensor | None) -> Hashable:
-    """What a plan may rely on of a tensor."""
+    """The part of a key that stands for a tensor."""
     return t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15)
 
 
-def straight(*tensors: Tensor | None) -> bool:
-    """Whether a call may go straight to its plan, past PyTorch's dispatcher, which costs more than the rest of it.
+def of_results(first: Tensor, second: Tensor) -> Hashable:
+    """The part of a backward's key that stands for results of the forward pass: shapes follow from its inputs."""
+    return first.dtype, second.dtype, (first.data_ptr() | second.data_ptr()) & 15
 
-    Not where something looks on that must see the registered op, which computes the same: a compiler or exporter, a
-    mode (fake tensors, a FLOP counter, a default device), a function transform, forward-mode differentiation, tracing,
-    a profiler; nor for a subclass of Tensor, or a tensor that is no plain array of its elements.
+
+def straight(*tensors: Tensor | None) -> bool:
+    """Whether a call may bypass PyTorch's dispatcher, which costs more than the rest of the call.
+
+    False where something must see the registered op, which computes the same: a compiler or exporter, a mode (fake
+    tensors, a FLOP counter, a default device), a function transform, forward-mode differentiation, tracing, a profiler;
+    and for a subclass of Tensor, a sparse tensor, a negated view or a tensor of zeros without memory.
     """
     if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        is_compiling()
+        or _dispatch_modes()
+        or _function_modes()
+        or _transforms_active()
+        or _tracing_state() is not None
+        or _profiler_enabled()
         or forward_ad._current_level >= 0
     ):
         return False
@@ -94,6 +104,6 @@ def recorded(*tensors: Tensor | None) -> bool:
 
 
 def of_backend(kernels: ModuleType, function: str, *arguments: object) -> Callable:
-    """What runs `function` of a backend's module on such arguments: its plan where it makes one, else itself."""
+    """`function` of a backend's module, planned for arguments like these where the module has `<function>_plan`."""
     make = getattr(kernels, f"{function}_plan", None)
     return getattr(kernels, function) if make is None else make(*arguments)

@@ -31,13 +31,14 @@ def conv2d(x: Tensor, weight: Tensor, bias: Maybe = None, stride: int = 1, paddi
     """
     if not torch.is_grad_enabled() or weight.requires_grad or not x.requires_grad:
         return F.conv2d(x, weight, bias, stride, padding)
-    return _FrozenConv.apply(*register.autocast(x, weight, bias), stride, padding)
+    return register.record_or_apply(_FrozenConv, *register.autocast(x, weight, bias), stride, padding)
 
 
 def _on_onednn(x: Tensor) -> bool:
-    """Whether oneDNN computes: on a CPU, where neither autograd nor autocast nor a compiler looks on."""
-    watched = torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling()
-    return not watched and onednn.serves(x)
+    """Whether to call oneDNN directly: on a CPU, without autograd, autocast and compilers."""
+    if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling():
+        return False
+    return onednn.serves(x)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Maybe = None) -> Tensor:
@@ -82,7 +83,7 @@ def _added(y: Tensor, residual: Tensor, first: bool = False) -> Tensor:
 
 
 class Promise(Protocol):
-    """What makes an x of up to four inputs, and its gradients without having kept x."""
+    """A function of up to four inputs that is deferred, and computed again in backward instead of being saved."""
 
     def value(self, x: Tensor, a: Maybe, b: Maybe, c: Maybe) -> Tensor:
         """Differentiable."""
@@ -91,7 +92,7 @@ class Promise(Protocol):
         """The value, and what backward needs besides the inputs; without gradients."""
 
     def again(self, x: Tensor, a: Maybe, b: Maybe, c: Maybe) -> Tensor:
-        """The value, once more."""
+        """The value, recomputed in backward."""
 
     def backward(
         self, dy: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], need: tuple[bool, ...]
@@ -100,15 +101,18 @@ class Promise(Protocol):
 
 
 class Product(Protocol):
-    """What reads a promised x: a convolution or a linear layer."""
+    """The layer that reads a deferred x: a convolution or a linear layer."""
+
+    saves_frozen: bool  # whether PyTorch saves x even where the weight is frozen
 
     def forward(self, x: Tensor, weight: Tensor, bias: Maybe, residual: Maybe) -> Tensor: ...
 
-    def backward(self, dout: Tensor, x: Tensor, weight: Tensor, bias: Maybe, need: list[bool]) -> list[Maybe]: ...
+    def backward(self, dout: Tensor, x: Tensor, weight: Tensor, bias: Maybe, need: list[bool]) -> list[Maybe]:
+        """The gradients of x, weight and bias; the values of x are read only for the gradient of weight."""
 
 
 class Later(NamedTuple):
-    """What `promise` makes of `inputs`, not computed yet: the argument of `chain`."""
+    """A deferred activation, promise(*inputs): the argument of `chain`."""
 
     promise: Promise
     inputs: Inputs
@@ -121,19 +125,21 @@ def chain(x: Tensor | Later, product: Product, weight: Tensor, bias: Maybe = Non
     """product(x, weight, bias) + residual, which saves the inputs of an x that is yet to be computed, and not x.
 
     Args:
-        x: a tensor, or what `group_norm_silu`, `layer_norm`, `silu` or `geglu` of this module promise.
-        product: what reads it; says the shapes of the other arguments.
+        x: a tensor, or a deferred activation of `group_norm_silu`, `layer_norm`, `silu` or `geglu` of this module.
+        product: the layer that reads it; says the shapes of the other arguments.
 
     Notes:
-        The values are those of the composition, bit for bit; in backward x is computed once more if weight needs a
-        gradient, and nothing is saved that a frozen weight has no use for. As in PyTorch, under autocast the product
-        runs in autocast's dtype, and a layer norm in float32. A promised x cannot be differentiated twice.
+        The values are those of the composition, bit for bit. In backward x is recomputed if weight needs a gradient; it
+        is not saved for a frozen weight either. As in PyTorch, under autocast the product runs in autocast's dtype, and
+        a layer norm in float32. A deferred x cannot be differentiated twice.
     """
     if isinstance(x, Tensor):
         return product.forward(x, weight, bias, residual)
-    if torch.is_grad_enabled() and weight.requires_grad:
-        return _Chain.apply(x.promise, product, *x.inputs, *register.autocast(weight, bias, residual))
-    return product.forward(x.now(), weight, bias, residual)
+    promise, inputs = x
+    if torch.is_grad_enabled() and (weight.requires_grad or (product.saves_frozen and plans.recorded(*inputs))):
+        arguments = register.autocast(weight, bias, residual)
+        return register.record_or_apply(_Chain, promise, product, *inputs, *arguments)
+    return product.forward(promise.value(*inputs), weight, bias, residual)
 
 
 def group_norm_silu(norm: nn.GroupNorm, x: Tensor, addend: Maybe = None, activation: str | None = "silu") -> Later:
@@ -192,8 +198,11 @@ class _PromisedLayerNorm(NamedTuple):
     eps: float
     dtype: torch.dtype  # in which it is computed
 
-    def _cast(self, *tensors: Maybe) -> tuple[Maybe, ...]:
-        return tuple(t if t is None or t.dtype == self.dtype else t.to(self.dtype) for t in tensors)
+    def _cast(self, x: Tensor, weight: Maybe, bias: Maybe) -> tuple[Tensor, Maybe, Maybe]:
+        dtype = self.dtype
+        if x.dtype == dtype and (weight is None or weight.dtype == dtype) and (bias is None or bias.dtype == dtype):
+            return x, weight, bias
+        return tuple(None if t is None else t.to(dtype) for t in (x, weight, bias))
 
     def value(self, x: Tensor, weight: Maybe, bias: Maybe, _: Maybe) -> Tensor:
         x, weight, bias = self._cast(x, weight, bias)
@@ -212,8 +221,10 @@ class _PromisedLayerNorm(NamedTuple):
         given = inputs[:3]
         x, weight, bias = self._cast(*given)
         gradients = torch.ops.aten.native_layer_norm_backward(dy, x, x.shape[-1:], *saved, weight, bias, need[:3])
-        wanted = zip(gradients, given, need, strict=False)
-        return *(gradient.to(t.dtype) if needed else None for gradient, t, needed in wanted), None
+        if x is given[0] and weight is given[1] and bias is given[2]:
+            return *gradients, None  # of the dtypes of the inputs, and None where not needed
+        requested = zip(gradients, given, need, strict=False)
+        return *(gradient.to(t.dtype) if wanted else None for gradient, t, wanted in requested), None
 
 
 class _PromisedSiLU(NamedTuple):
@@ -259,6 +270,7 @@ class ConvProduct(NamedTuple):
 
     stride: int = 1
     padding: int = 0
+    saves_frozen = True
 
     def forward(self, x: Tensor, weight: Tensor, bias: Maybe, _: None) -> Tensor:
         return conv2d(x, weight, bias, self.stride, self.padding)
@@ -269,6 +281,8 @@ class ConvProduct(NamedTuple):
 
 class LinearProduct(NamedTuple):
     """A linear layer of tokens [N, S, C], or of the pixels of an image [N, C, H, W] as tokens; may add a residual."""
+
+    saves_frozen = False
 
     def forward(self, x: Tensor, weight: Tensor, bias: Maybe, residual: Maybe) -> Tensor:
         x = _tokens(x)
@@ -300,7 +314,9 @@ def _conv_backward(
     )
 
 
-class _FrozenConv(torch.autograd.Function):
+class _FrozenConv(register.EagerFunction):
+    """A convolution that does not save x, for a weight without a gradient."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Maybe, stride: int, padding: int) -> Tensor:
         ctx.save_for_backward(weight, bias)
@@ -312,19 +328,27 @@ class _FrozenConv(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Maybe, ...]:
         weight, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        # Only the sizes and the memory format of x are read where the gradient of the weight is not asked for.
-        memory_format = torch.channels_last if ctx.channels_last else torch.contiguous_format
-        x = torch.empty(ctx.shape, dtype=dout.dtype, device=dout.device, memory_format=memory_format)
+        x = _placeholder(ctx.shape, ctx.channels_last, dout)
         need = [needs[0], False, bias is not None and needs[2]]
         dx, _, dbias = _conv_backward(dout, x, weight, bias, ctx.stride, ctx.padding, need)
         return dx, None, dbias if need[2] else None, None, None
 
 
-class _Chain(torch.autograd.Function):
+def _placeholder(shape: torch.Size, channels_last: bool, dout: Tensor) -> Tensor:
+    """Stands for x where a convolution's backward reads only its shape and memory format."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dout.dtype, device=dout.device, memory_format=memory_format)
+
+
+class _Chain(register.EagerFunction):
+    """product(promise(x, a, b, c), weight, bias) + residual, which does not save what the promise computes."""
+
     @staticmethod
     def forward(ctx: Any, promise: Promise, product: Product, x, a, b, c, weight, bias, residual) -> Tensor:
         y, *saved = promise.forward(x, a, b, c)
         ctx.promise, ctx.product, ctx.dtype = promise, product, y.dtype
+        if not ctx.needs_input_grad[6]:  # y is not recomputed
+            ctx.shape, ctx.channels_last = y.shape, layout.is_channels_last(y)
         ctx.save_for_backward(x, a, b, c, weight, bias, *saved)
         return product.forward(y if y.dtype == weight.dtype else y.to(weight.dtype), weight, bias, residual)
 
@@ -334,8 +358,11 @@ class _Chain(torch.autograd.Function):
         needs = ctx.needs_input_grad
         need_inputs = tuple(needs[2:6])
         need_product = [any(need_inputs), needs[6], needs[7]]
-        y = ctx.promise.again(x, a, b, c)
-        y = y if y.dtype == weight.dtype else y.to(weight.dtype)
+        if needs[6]:
+            y = ctx.promise.again(x, a, b, c)
+            y = y if y.dtype == weight.dtype else y.to(weight.dtype)
+        else:
+            y = _placeholder(ctx.shape, ctx.channels_last, dout)
         dy, dweight, dbias = ctx.product.backward(dout, y, weight, bias, need_product)
         gradients = [None] * 4
         if need_product[0]:
@@ -345,8 +372,8 @@ class _Chain(torch.autograd.Function):
         return None, None, *gradients, dweight, dbias if needs[7] else None, dout if needs[8] else None
 
 
-# Ops of their own, because a compiler that met the forward's op again in backward would merge the two and keep the
-# result, which is what is to be avoided.
+# Recomputation has ops of its own: a compiler that met the forward's op in backward would merge the two and keep the
+# result in memory.
 register.op(
     "group_norm_silu_again",
     "(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, str? activation, Tensor? addend) -> Tensor",

@@ -4,8 +4,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name without its package: "float16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def op(
@@ -69,44 +75,58 @@ def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
-def needed(values: Sequence[Tensor | None], need: Sequence[bool]) -> list[Tensor]:
-    """Those of `values` that `need` asks for: what a backward op returns, which has no place for None."""
-    return [value for value, wanted in zip(values, need, strict=True) if wanted]
+def keep_requested(values: Sequence[Tensor | None], requested: Sequence[bool]) -> list[Tensor]:
+    """Keeps only the requested gradients: a backward op returns Tensor[], which cannot hold None."""
+    return [value for value, wanted in zip(values, requested, strict=True) if wanted]
 
 
-def spread(gradients: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor | None]:
-    """The inverse of `needed`: None where nothing was asked for."""
-    remaining = iter(gradients)
-    return [next(remaining) if wanted else None for wanted in need]
+def restore_none(kept: Sequence[Tensor], requested: Sequence[bool]) -> list[Tensor | None]:
+    """The inverse of `keep_requested`: one entry for each of `requested`, None where it is False."""
+    remaining = iter(kept)
+    return [next(remaining) if wanted else None for wanted in requested]
 
 
 class EagerFunction(torch.autograd.Function):
-    """The autograd of an op for calls that go straight to its plan; torch.library's costs several times as much.
+    """An autograd.Function for eager calls.
 
-    A subclass has `compute`, the op without gradients; `keep(ctx, inputs, output)`, which saves what backward needs;
-    and `differentiate(ctx, gradient)`. Of several results the first alone is returned and has a gradient.
+    `record` is `apply` without its handling of function transforms (vmap, torch.func.grad), which costs 3 us. Use it
+    only where `plans.straight` holds, or through `record_or_apply`.
     """
 
-    @classmethod
-    def record(cls, *inputs: object):
-        """`apply` without its care for function transforms, under which no call goes straight."""
-        return super(torch.autograd.Function, cls).apply(*inputs)
+    record: Callable
 
-    @classmethod
-    def forward(cls, ctx, *inputs: object) -> Tensor:
-        output = cls.compute(*inputs)
-        ctx.set_materialize_grads(False)
-        cls.keep(ctx, inputs, output)
-        return output[0] if isinstance(output, tuple) else output
+    def __init_subclass__(cls, **options: object):
+        super().__init_subclass__(**options)
+        cls.record = super(torch.autograd.Function, cls).apply  # that of C++
 
-    @classmethod
-    def backward(cls, ctx, gradient: Tensor | None):
-        return cls.differentiate(ctx, gradient)
+
+def record_or_apply(function: type[EagerFunction], *inputs: object):
+    """Calls `function.record`, or `function.apply` where a compiler or a function transform is active."""
+    if is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*inputs)
+    return function.record(*inputs)
 
 
 def eager_function(name: str, compute: Callable, keep: Callable, differentiate: Callable) -> type[EagerFunction]:
-    functions = {"compute": compute, "keep": keep, "differentiate": differentiate}
-    return type(name, (EagerFunction,), {key: staticmethod(value) for key, value in functions.items()})
+    """The autograd.Function of an op for calls that go straight to its plan.
+
+    torch.library's own autograd costs several times as much.
+
+    Args:
+        name: of the class.
+        compute: the op without gradients. Only the first of several results is returned and differentiable.
+        keep: keep(ctx, inputs, output) saves what backward needs.
+        differentiate: differentiate(ctx, gradient) returns the gradients of the inputs.
+    """
+
+    def forward(ctx, *inputs: object) -> Tensor:
+        output = compute(*inputs)
+        ctx.set_materialize_grads(False)
+        keep(ctx, inputs, output)
+        return output[0] if type(output) is tuple else output
+
+    functions = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    return type(name, (EagerFunction,), functions)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

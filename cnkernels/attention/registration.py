@@ -56,7 +56,8 @@ def _fake_forward(q, k, v, scale):
 def backward(dout, q, k, v, out, lse, scale: float, need: tuple[bool, bool, bool]):
     """(dq, dk, dv), None where not needed."""
     tensors = (dout, q, k, v, out, lse)
-    key = (*map(plans.of, tensors), scale < 0, need, dispatch.current())
+    of = plans.of
+    key = (of(dout), of(q), of(k), of(v), plans.of_results(out, lse), scale < 0, need, dispatch.current())
     plan = _BACKWARD.get(key) or _BACKWARD.add(key, _plan_backward(*tensors, scale, need))
     return plan(*tensors, scale, need)
 
@@ -78,18 +79,18 @@ def _zeros(dout, q, k, v, out, lse, scale, need):
 
 
 def _packed_backward(dout, q, k, v, out, lse, scale, need):
-    return register.needed(backward(dout, q, k, v, out, lse, scale, tuple(need)), need)
+    return register.keep_requested(backward(dout, q, k, v, out, lse, scale, tuple(need)), need)
 
 
 def _fake_backward(dout, q, k, v, out, lse, scale, need):
-    return [t.new_empty(t.shape) for t in register.needed((q, k, v), need)]
+    return [t.new_empty(t.shape) for t in register.keep_requested((q, k, v), need)]
 
 
 def _gradients(dout, q, k, v, out, lse, scale, need):
     tensors = (dout, q, k, v, out, lse)
     if plans.straight(dout) and not plans.recorded(*tensors):
         return backward(*tensors, scale, need)
-    return register.spread(torch.ops.cnkernels.attention_backward(*tensors, scale, list(need)), need)
+    return register.restore_none(torch.ops.cnkernels.attention_backward(*tensors, scale, list(need)), need)
 
 
 def _keep(ctx, inputs, output):

@@ -13,6 +13,7 @@ from cnkernels.attention import reference
 from cnkernels.attention.triton_backward import Call, key_launches, query_launch, sum_launch
 from cnkernels.attention.triton_common import alignment, compute_capability, named_strides
 from cnkernels.attention.triton_forward import forward_launch
+from cnkernels.launch import bind
 
 _LOG2E = math.log2(math.e)
 _FORWARD = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr", "scale")
@@ -95,7 +96,7 @@ def attention_bwd_plan(dout, q, k, v, out, lse, scale, need) -> Callable:
     launches, parts = key_launches(call, need_k, need_v)
     if need_q or need_k or exact:
         launches.insert(0, query_launch(call, need_q))
-    launches = [launch.bind(device, _BACKWARD) for launch in launches]
+    launch = bind(launches, device, _BACKWARD)
     new_query, new_key = (layout.allocator(t.shape, dtype, device) for t in (q, k))
     new_parts = new_key if parts == 1 else layout.allocator((parts, *k.shape), torch.float32, device)
     add = None if parts == 1 else sum_launch(k.numel(), parts).bind(device, ("parts_ptr", "sum_ptr"))
@@ -113,9 +114,7 @@ def attention_bwd_plan(dout, q, k, v, out, lse, scale, need) -> Callable:
         dq = new_query() if need_q else None
         dk = new_parts() if need_k else None
         dv = new_parts() if need_v else None
-        operands = (dout, q, k, v, lse, delta, norm, out, dq, dk, dv, scale)
-        for launch in launches:
-            launch(operands)
+        launch((dout, q, k, v, lse, delta, norm, out, dq, dk, dv, scale))
         return dq, summed(dk), summed(dv)
 
     return run

@@ -10,6 +10,7 @@ from cnkernels.aot_case import AotCase
 from cnkernels.geglu.triton_backward import backward_launch
 from cnkernels.geglu.triton_common import row_matrix
 from cnkernels.geglu.triton_forward import forward_launch
+from cnkernels.register import dtype_name
 
 _FORWARD = ("projected_ptr", "out_ptr")
 _BACKWARD = ("dout_ptr", "projected_ptr", "dprojected_ptr")
@@ -69,6 +70,6 @@ def aot_cases() -> list[AotCase]:
             launches = {"forward": forward_launch(projected), "backward": backward_launch(dout, projected)}
             operands = dict.fromkeys((*_FORWARD, *_BACKWARD), dtype)
             for job, launch in launches.items():
-                name = f"geglu {job} {rows}x{columns} {str(dtype).removeprefix('torch.')}"
+                name = f"geglu {job} {rows}x{columns} {dtype_name(dtype)}"
                 cases.append(launch.case(name, operands))
     return cases

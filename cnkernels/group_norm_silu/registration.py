@@ -64,8 +64,8 @@ def fake_forward(x, groups, weight, bias, eps, activation, addend):
 def backward(dy, x, groups, weight, bias, mean, rstd, activation, addend, need: tuple[bool, bool, bool, bool]):
     """(dx, dweight, dbias, daddend), None where not needed."""
     arguments = (dy, x, groups, weight, bias, mean, rstd, activation, addend, need)
-    tensors = tuple(map(plans.of, (dy, x, weight, bias, mean, rstd, addend)))
-    key = (tensors, groups, activation, need, dispatch.current())
+    tensors = plans.of(dy), plans.of(x), plans.of(weight), plans.of(bias), plans.of(addend)
+    key = (tensors, plans.of_results(mean, rstd), groups, activation, need, dispatch.current())
     plan = _BACKWARD.get(key) or _BACKWARD.add(key, _plan_backward(*arguments))
     return plan(*arguments)
 
@@ -95,12 +95,12 @@ def _backward_of_copies(dy, x, groups, weight, bias, mean, rstd, activation, add
 
 def _packed_backward(dy, x, groups, weight, bias, mean, rstd, activation, addend, need):
     gradients = backward(dy, x, groups, weight, bias, mean, rstd, activation, addend, tuple(need))
-    return register.needed(gradients, need)
+    return register.keep_requested(gradients, need)
 
 
 def _fake_backward(dy, x, groups, weight, bias, mean, rstd, activation, addend, need):
     contiguous = register.contiguous(weight, bias, addend)
-    return [torch.empty_like(t) for t in register.needed((layout.dense(x), *contiguous), need)]
+    return [torch.empty_like(t) for t in register.keep_requested((layout.dense(x), *contiguous), need)]
 
 
 def call(x, groups, weight, bias, eps, activation, addend) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,7 +118,7 @@ def gradients(dy, x, groups, weight, bias, mean, rstd, activation, addend, need:
     packed = torch.ops.cnkernels.group_norm_silu_backward(
         dy, x, groups, weight, bias, mean, rstd, activation, addend, list(need)
     )
-    return register.spread(packed, need)
+    return register.restore_none(packed, need)
 
 
 def _keep(ctx, inputs, output):

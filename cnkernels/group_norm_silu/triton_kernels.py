@@ -11,6 +11,8 @@ from cnkernels import layout
 from cnkernels.aot_case import AotCase
 from cnkernels.group_norm_silu.triton_backward import backward_launches
 from cnkernels.group_norm_silu.triton_forward import forward_launches
+from cnkernels.launch import bind
+from cnkernels.register import dtype_name
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -43,17 +45,14 @@ def group_norm_silu_fwd_plan(x, groups, weight, bias, eps, activation, addend) -
     )
     new_statistics = layout.allocator((batch, groups), torch.float32, x.device)
     new_workspace = layout.allocator((3, batch * groups, partials), torch.float32, x.device)
-    first, *second = (launch.bind(x.device, _FORWARD) for launch in launches)
+    launch, in_two = bind(launches, x.device, _FORWARD), len(launches) == 2
 
     def run(x, groups, weight, bias, eps, activation, addend):
         y = torch.empty_like(x)
         mean = new_statistics()
         rstd = torch.empty_like(mean)
-        partial = new_workspace() if second else None
-        operands = (x, weight, bias, addend, partial, y, mean, rstd, eps)
-        first(operands)
-        for launch in second:
-            launch(operands)
+        partial = new_workspace() if in_two else None
+        launch((x, weight, bias, addend, partial, y, mean, rstd, eps))
         return y, mean, rstd
 
     return run
@@ -87,7 +86,7 @@ def group_norm_silu_bwd_plan(dy, x, groups, weight, bias, mean, rstd, activation
     if not need_daddend:  # its programs are all but those of the first row
         parameters = replace(parameters, grid=(parameters.grid[0], 1))
     wanted = (sums, dx if need_dx else None, parameters if need_parameters else None)
-    launches = [launch.bind(x.device, _BACKWARD) for launch in wanted if launch is not None]
+    launch = bind([launch for launch in wanted if launch is not None], x.device, _BACKWARD)
     matches = layout.match(dy, x) is dy
     new_group_sums = layout.allocator((2, batch * groups, partials), torch.float32, x.device)
     new_channel_sums = layout.allocator((3, batch * channels * parts), torch.float32, x.device)
@@ -97,13 +96,11 @@ def group_norm_silu_bwd_plan(dy, x, groups, weight, bias, mean, rstd, activation
         dweight = torch.empty_like(weight) if need_dweight else None
         dbias = torch.empty_like(bias) if need_dbias else None
         daddend = torch.empty_like(addend) if need_daddend else None
-        operands = (
+        launch((
             dy if matches else layout.match(dy, x), x, weight, bias, addend, mean, rstd, dx,
             new_group_sums(), new_channel_sums() if need_parameters else None,
             dweight, dbias, daddend,
-        )  # fmt: skip
-        for launch in launches:
-            launch(operands)
+        ))  # fmt: skip
         return dx, dweight, dbias, daddend
 
     return run
@@ -159,6 +156,6 @@ def _cases_of(batch: int, channels: int, size: int, memory_format: str, dtype: t
     cases = []
     for launch in launches:
         kernel = launch.kernel.__name__.removeprefix("_group_norm_silu_").removesuffix("_kernel")
-        name = f"{kernel} {batch}x{channels}x{size}x{size} {memory_format} {str(dtype).removeprefix('torch.')}"
+        name = f"{kernel} {batch}x{channels}x{size}x{size} {memory_format} {dtype_name(dtype)}"
         cases.append(launch.case(name, tensors | {"eps": 1e-5}))
     return cases

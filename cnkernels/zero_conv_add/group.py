@@ -27,7 +27,7 @@ def pack(columns: Sequence[Column]) -> tuple[list[list[Tensor]], list[bool]]:
 
 def _unpack(lists: Sequence[Sequence[Tensor]], given: Sequence[bool]) -> list[Column]:
     count = len(given) // len(lists)
-    return [register.spread(tensors, given[i * count : (i + 1) * count]) for i, tensors in enumerate(lists)]
+    return [register.restore_none(tensors, given[i * count : (i + 1) * count]) for i, tensors in enumerate(lists)]
 
 
 def _validate(layers: Sequence[tuple]) -> None:
@@ -187,7 +187,11 @@ def _backward_rows(lists, given, factors, channels_last, need) -> list[tuple]:
 
 def _backward(douts, xs, weights, biases, scales, given, factors, channels_last, need):
     rows = _backward_rows((douts, xs, weights, biases, scales), given, factors, channels_last, need)
-    return [t for gradients, row in zip(backward(rows), rows, strict=True) for t in register.needed(gradients, row[7])]
+    return [
+        t
+        for gradients, row in zip(backward(rows), rows, strict=True)
+        for t in register.keep_requested(gradients, row[7])
+    ]
 
 
 def _fake_backward(douts, xs, weights, biases, scales, given, factors, channels_last, need):
@@ -217,7 +221,7 @@ def _differentiable(t: Tensor | None) -> bool:
 def _autograd(ctx, douts):
     count = len(douts)
     columns = _gradients(ctx, douts, _unpack(ctx.needs_input_grad[:5], ctx.given))
-    lists = [register.needed(c, ctx.given[i * count : (i + 1) * count]) for i, c in enumerate(columns)]
+    lists = [register.keep_requested(c, ctx.given[i * count : (i + 1) * count]) for i, c in enumerate(columns)]
     return (*lists, None, None)
 
 
@@ -248,7 +252,7 @@ def _backward_of(rows: Sequence[tuple]) -> list[tuple[Tensor | None, ...]]:
     lists, given = pack(columns)
     need = [wanted for row in needs for wanted in row]
     packed = torch.ops.cnkernels.zero_conv_add_group_backward(*lists, given, list(factors), list(channels_last), need)
-    flat = register.spread(packed, need)
+    flat = register.restore_none(packed, need)
     return [tuple(flat[i : i + 4]) for i in range(0, len(flat), 4)]
 
 

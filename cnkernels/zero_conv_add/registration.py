@@ -224,12 +224,12 @@ def plan_backward(dout, x, weight, bias, scale, factor, channels_last, need, ker
 
 
 def _packed_backward(dout, x, weight, bias, scale, factor, channels_last, need):
-    return register.needed(backward(dout, x, weight, bias, scale, factor, channels_last, tuple(need)), need)
+    return register.keep_requested(backward(dout, x, weight, bias, scale, factor, channels_last, tuple(need)), need)
 
 
 def fake_backward(dout, x, weight, bias, scale, factor, channels_last, need):
     x = _input(x, dout, weight, channels_last)
-    return [torch.empty_like(t) for t in register.needed((x, *register.contiguous(weight, bias, scale)), need)]
+    return [torch.empty_like(t) for t in register.keep_requested((x, *register.contiguous(weight, bias, scale)), need)]
 
 
 def gradients(dout, x, weight, bias, scale, factor: float, channels_last: bool, need: tuple[bool, bool, bool, bool]):
@@ -238,7 +238,7 @@ def gradients(dout, x, weight, bias, scale, factor: float, channels_last: bool, 
     if plans.straight(dout) and not plans.recorded(*tensors):
         return backward(*tensors, factor, channels_last, need)
     packed = torch.ops.cnkernels.zero_conv_add_backward(*tensors, factor, channels_last, list(need))
-    return register.spread(packed, need)
+    return register.restore_none(packed, need)
 
 
 def _setup_context(ctx, inputs, output):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cnkernels import layout
 from cnkernels.aot_case import AotCase
+from cnkernels.register import dtype_name
 from cnkernels.zero_conv_add.triton_backward import dscale_launch, dweight_launch, sum_launch
 from cnkernels.zero_conv_add.triton_common import Scale, evenly_strided, scale_operands
 from cnkernels.zero_conv_add.triton_forward import product_launch
@@ -151,7 +152,7 @@ def _cases(n, channels, side, dtype, memory_format, scale) -> list[AotCase]:
     x = torch.empty((n, channels, side, side), dtype=dtype, device="meta", memory_format=memory_format)
     weight, bias = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((channels, channels, 1, 1), channels))
     kind = "nhwc" if memory_format == torch.channels_last else "nchw, scale per sample"
-    name = f"{n}x{channels}x{side}x{side} {str(dtype).removeprefix('torch.')} {kind}"
+    name = f"{n}x{channels}x{side}x{side} {dtype_name(dtype)} {kind}"
     dweight, splits = dweight_launch(x, x, scale, True)
     scale_ptr, factor = scale_operands(scale)
     operands = {"x_ptr": x, "weight_ptr": weight, "bias_ptr": bias, "residual_ptr": x, "out_ptr": x, "dout_ptr": x}

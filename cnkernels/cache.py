@@ -3,7 +3,10 @@
 {"identity": {...},                       what it was made with (`machine.identity`); another identity has another file
  "faults": [{"op", "backend", "dtype", "case", "fault", "date"}],       found by `python -m cnkernels.check`
  "checked": {"date", "kernels": [[op, backend, dtype], ...]} or null,   when last, and all that was ever checked
- "choices": {op: [{"dtype", "head_dim", "direction", "size", "backend", "seconds": {backend: s}, "date"}]}}
+ "choices": {op: [{"dtype", "head_dim", "direction", "size", "backend", "seconds": {backend: s}, "date",
+                   "configurations": {backend: configuration}, "by_rule": {backend: s}}]}}     what was measured
+
+The last two are there where a backend is faster with other launch configurations than by rule.
 
 Files are replaced atomically, under a lock. A file that cannot be read is one warning and counts as empty.
 """
@@ -132,4 +135,14 @@ def _is_choice(entry: Any) -> bool:
     if not _has(entry, ("dtype", "direction", "backend")):
         return False
     size, head_dim = entry.get("size"), entry.get("head_dim")
-    return isinstance(size, int) and size > 0 and (head_dim is None or isinstance(head_dim, int))
+    if not isinstance(size, int) or size <= 0 or not (head_dim is None or isinstance(head_dim, int)):
+        return False
+    configurations = entry.get("configurations", {})  # backend -> rule -> fields
+    return isinstance(configurations, dict) and all(
+        isinstance(by_rule, dict) and all(_is_configuration(fields) for fields in by_rule.values())
+        for by_rule in configurations.values()
+    )
+
+
+def _is_configuration(fields: Any) -> bool:
+    return isinstance(fields, dict) and all(value is None or isinstance(value, int) for value in fields.values())

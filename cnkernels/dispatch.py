@@ -8,7 +8,8 @@ from types import ModuleType
 
 import torch
 
-from cnkernels import extension, findings, variables
+from cnkernels import configurations, extension, findings, variables
+from cnkernels.findings import size_of
 
 OPS = ("attention", "group_norm_silu", "zero_conv_add", "geglu")
 BACKENDS = ("triton", "cuda", "aten", "reference")  # `auto` tries them in this order, but for what was measured
@@ -52,6 +53,13 @@ CAPABILITIES = {
 @dataclass
 class _Choice:
     backend: str
+    configuration: configurations.Configuration | None = None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name != "key":  # worked out here, not at every call
+            tried = getattr(self, "configuration", None)
+            self.key = self.backend if tried is None else f"{self.backend} {tried}"
 
 
 def _initial_choice() -> str:
@@ -65,8 +73,8 @@ _choice = _Choice(_initial_choice())
 
 
 def current() -> str:
-    """The backend in force: "auto", or the one that is forced."""
-    return _choice.backend
+    """The backend in force: "auto", or the one that is forced; with the launch configuration that is tried, if any."""
+    return _choice.key
 
 
 @contextmanager
@@ -89,6 +97,17 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _choice.backend = before
+
+
+@contextmanager
+def trying(configuration: configurations.Configuration | None) -> Iterator[None]:
+    """Inside the block this configuration replaces measured ones; what it leaves out goes by rule. None is no trial."""
+    before, _choice.configuration = _choice.configuration, configuration
+    try:
+        with configurations.trying(configuration):
+            yield
+    finally:
+        _choice.configuration = before
 
 
 def _triton_absent(device: torch.device) -> str | None:
@@ -154,7 +173,7 @@ def select(
         direction: "forward" or "backward".
         first: a backend that "auto" on a GPU tries before all others, in half precision.
     """
-    forced = current()
+    forced = _choice.backend
     if forced != "auto":
         reason = why_not(op, forced, device, dtype, head_dim)
         if reason:
@@ -167,11 +186,6 @@ def select(
         order = (first, *order)
     serving = [name for name in order if why_not(op, name, device, dtype, head_dim) is None]
     return next((name for name in serving if not findings.wrong(op, name, device, dtype)), serving[-1])
-
-
-def size_of(op: str, x: torch.Tensor, other: torch.Tensor | None = None) -> int:
-    """What the time of a call depends on, as one number: elements of x; for attention, of q times the keys of k."""
-    return x.numel() * other.shape[1] if op == "attention" else x.numel()
 
 
 def implementation(

@@ -7,12 +7,15 @@ shipped for a GPU (`cnkernels.tuning`). Read once for each device, when the firs
 import functools
 import logging
 import math
+from collections.abc import Callable
 
 import torch
 
-from cnkernels import cache, machine, plans, tuning
+from cnkernels import cache, machine, tuning
 
 logger = logging.getLogger(__name__)
+
+on_change: list[Callable[[], None]] = []  # called when what is known may have changed
 
 
 @functools.cache
@@ -25,7 +28,8 @@ def forget() -> None:
     """Reads everything anew at the next call: for when a check or a measurement has changed the file."""
     record.cache_clear()
     _warn.cache_clear()
-    plans.forget()
+    for drop in on_change:
+        drop()
 
 
 def wrong(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> bool:
@@ -47,13 +51,18 @@ def _warn(op: str, backend: str, dtype: str, case: str, file: str) -> None:
     )  # fmt: skip
 
 
+def size_of(op: str, x: torch.Tensor, other: torch.Tensor | None = None) -> int:
+    """What the time of a call depends on, as one number: elements of x; for attention, of q times the keys of k."""
+    return x.numel() * other.shape[1] if op == "attention" else x.numel()
+
+
 def measured(
     op: str, device: torch.device, dtype: torch.dtype, size: int, head_dim: int | None, direction: str
 ) -> dict | None:
     """The entry (its "backend" was the fastest) of the measured call nearest in size; None where none was measured.
 
     Args:
-        size: `dispatch.size_of` the call.
+        size: `size_of` the call.
         direction: "forward" or "backward".
     """
     tables = [record(device)["choices"]]

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import importlib.util
+import os
 import platform
 import re
 from importlib import metadata
@@ -59,6 +60,8 @@ def identity(device: torch.device) -> Identity:
         name, level = torch.cuda.get_device_name(device), f"{major}.{minor}"
     else:
         name, level = processor(), torch.backends.cpu.get_cpu_capability()
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            level += ", emulated GPU kernels"
     return {
         "device": name,
         "level": level,  # compute capability, or the CPU's instruction set

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from cnkernels import configurations, findings
+
 LIMIT = 4096  # plans of one kind; the oldest goes first
 
 _all: "WeakSet[Plans]" = WeakSet()
@@ -57,6 +59,9 @@ def forget() -> None:
     """
     for plans in list(_all):
         plans.forget()
+
+
+findings.on_change.append(forget)
 
 
 def of(t: Tensor | None) -> Hashable:
@@ -106,4 +111,7 @@ def recorded(*tensors: Tensor | None) -> bool:
 def of_backend(kernels: ModuleType, function: str, *arguments: object) -> Callable:
     """`function` of a backend's module, planned for arguments like these where the module has `<function>_plan`."""
     make = getattr(kernels, f"{function}_plan", None)
-    return getattr(kernels, function) if make is None else make(*arguments)
+    if make is None:
+        return getattr(kernels, function)
+    with configurations.of_plan(kernels.__name__, function, arguments):
+        return make(*arguments)

@@ -119,8 +119,8 @@ def time_together(
                 results[name] = reason(error)
         seconds: dict[str, list[float]] = {name: [] for name in clocks}
         gc.collect()
-        for turn in range(rounds):
-            names = list(clocks)
+        names = list(clocks)
+        for turn in range(rounds if names else 0):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 seconds[name].append(clocks[name].turn())
     results.update({name: summarise(taken, clocks[name].method) for name, taken in seconds.items()})

@@ -20,6 +20,7 @@ import triton.language as tl
 from cnkernels.attention.triton_common import (
     Config,
     add_product,
+    candidates,
     column_blocks,
     load_tiles,
     product_nt,
@@ -29,6 +30,7 @@ from cnkernels.attention.triton_common import (
     widest_block,
     zero_tiles,
 )
+from cnkernels.configurations import rule
 from cnkernels.launch import Launch
 
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -290,6 +292,7 @@ def _attention_bwd_sum_kernel(parts_ptr, sum_ptr, units, parts, UNIT: tl.constex
     tl.store(sum_ptr + index, total.to(sum_ptr.dtype.element_ty), mask=index < size)
 
 
+@rule("attention backward, queries", candidates)
 def query_config(head_dim: int, itemsize: int, capability: int, tiles: int) -> Config:
     """Tiles of the kernel that holds queries; `tiles` of 128 of them is what the call would make."""
     if itemsize == 4:
@@ -303,6 +306,7 @@ def query_config(head_dim: int, itemsize: int, capability: int, tiles: int) -> C
     return Config(64, 64 if head_dim <= 64 else 32 if head_dim <= 96 else 16, 4, 2)
 
 
+@rule("attention backward, keys", candidates)
 def key_config(head_dim: int, itemsize: int, capability: int) -> Config:
     if itemsize == 4:
         return Config(32, 16, 4, 1)

@@ -6,7 +6,7 @@ units work on 48, 80 and 160 columns.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -27,6 +27,19 @@ class Config:
 
     def launch(self, kernel: object, *grid: int, sizes: Mapping[str, object]) -> Launch:
         return Launch(kernel, grid, sizes, self.num_warps, self.num_stages, self.maxnreg)
+
+
+def candidates(own: Config, *_: object) -> list[Config]:
+    """Configurations to measure beside the rule's own: fewer or more keys, more or fewer queries, another stage."""
+    block_m, num_warps = (64, 4) if own.block_m == 128 else (2 * own.block_m, own.num_warps)
+    found = [
+        replace(own, block_n=own.block_n // 2),
+        replace(own, block_n=2 * own.block_n),
+        replace(own, block_m=block_m, num_warps=num_warps),
+        replace(own, num_stages=own.num_stages + 1),
+        replace(own, maxnreg=None),
+    ]
+    return [config for config in found if 16 <= config.block_n <= 128]
 
 
 def column_blocks(size: int, widest: int = 256) -> tuple[int, ...]:

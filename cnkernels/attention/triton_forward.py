@@ -7,6 +7,7 @@ and one exp2.
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import triton
 import triton.language as tl
@@ -14,6 +15,7 @@ import triton.language as tl
 from cnkernels.attention.triton_common import (
     Config,
     add_product,
+    candidates,
     column_blocks,
     first_column,
     load_tiles,
@@ -24,6 +26,7 @@ from cnkernels.attention.triton_common import (
     widest_block,
     zero_tiles,
 )
+from cnkernels.configurations import rule
 from cnkernels.launch import Launch
 
 _PROGRAMS = 256  # twice as many as a large GPU has multiprocessors: fewer tiles of 128 queries than this are halved
@@ -199,6 +202,13 @@ def _single_pass(keys: int, head_dim: int, itemsize: int, capability: int) -> bo
     return itemsize == 2 and keys <= 256 and keys * head_dim <= (256 if capability in (9, 10) else 128) * 160
 
 
+@rule("attention forward, all keys at once", lambda own, *_: [replace(own, num_warps=12 - own.num_warps)])
+def single_pass_config(keys: int, head_dim: int) -> Config:
+    """4 warps, or 8 where the keys are many; `block_n` is not used."""
+    return Config(64, keys, 8 if keys * head_dim > 128 * 160 else 4, 1)
+
+
+@rule("attention forward", candidates)
 def forward_config(shape: tuple[int, ...], keys: int, itemsize: int, capability: int) -> Config:
     """Tiles of the forward kernels.
 
@@ -209,8 +219,6 @@ def forward_config(shape: tuple[int, ...], keys: int, itemsize: int, capability:
     many = batch * heads * triton.cdiv(queries, 128) >= _PROGRAMS
     if itemsize == 4:
         return Config(32, 16, 4, 1)
-    if _single_pass(keys, head_dim, itemsize, capability):
-        return Config(64, keys, 8 if keys * head_dim > 128 * 160 else 4, 1)
     if capability not in (9, 10):
         if head_dim <= 64:
             return Config(128, 64, 8, 3) if many else Config(64, 64, 4, 3)
@@ -237,7 +245,8 @@ def forward_launch(
 ) -> Launch:
     """The launch for queries of `shape` [B, Sq, H, D], with the kernel's strides, in units of `unit` elements."""
     batch, queries, heads, head_dim = shape
-    config = forward_config(shape, keys, itemsize, capability)
+    single = _single_pass(keys, head_dim, itemsize, capability)
+    config = single_pass_config(keys, head_dim) if single else forward_config(shape, keys, itemsize, capability)
     sizes = {
         "heads": heads,
         "queries": queries,
@@ -248,7 +257,7 @@ def forward_launch(
         "UNIT": unit,
         "BLOCK_M": config.block_m,
     }
-    if _single_pass(keys, head_dim, itemsize, capability):
+    if single:
         kernel, blocks = _attention_fwd_single_kernel, column_blocks(keys, 128)
         sizes |= {"KEYS": blocks, "RAGGED": len(blocks) - 1 if keys < sum(blocks) else -1}
     else:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import cnkernels
+from cnkernels.check import eager
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEVELS = ("emulated", "default", "full")  # each tries its own cases and those of the levels before it
@@ -81,12 +81,6 @@ _PIXELS = ("contiguous", "channels_last", "strided", "misaligned")
 _ROWS = ("contiguous", "strided", "misaligned")
 
 
-def _attention_eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    return (scores.softmax(dim=-1) @ v).transpose(1, 2)
-
-
 def _attention() -> Iterator[Case]:
     for name, level, batch, heads, queries, keys, dim in (
         ("tails, D = 40", "emulated", 1, 2, 65, 77, 40),
@@ -105,7 +99,7 @@ def _attention() -> Iterator[Case]:
     ):
         q, k = (batch, queries, heads, dim), (batch, keys, heads, dim)
         for layout, least in _layouts(level, _ROWS, odd=name.startswith("tails")):
-            yield Case("attention", name, layout, least, (q, k, k), cnkernels.attention, _attention_eager, dim)
+            yield Case("attention", name, layout, least, (q, k, k), cnkernels.attention, eager.attention, dim)
 
 
 def _group_norm_silu() -> Iterator[Case]:
@@ -123,15 +117,13 @@ def _group_norm_silu() -> Iterator[Case]:
         def function(x, weight, bias, addend=None, groups=groups, activation=activation):
             return cnkernels.group_norm_silu(x, groups, weight, bias, 1e-5, activation, addend)
 
-        def eager(x, weight, bias, addend=None, groups=groups, activation=activation):
-            x = x if addend is None else x + addend[:, :, None, None]
-            y = F.group_norm(x, groups, weight, bias, 1e-5)
-            return y if activation is None else F.silu(y)
+        def peer(x, weight, bias, addend=None, groups=groups, activation=activation):
+            return eager.group_norm_silu(x, groups, weight, bias, 1e-5, activation, addend)
 
         shapes = (shape, shape[1:2], shape[1:2], *([shape[:2]] if has_addend else []))
         sums = dict.fromkeys((1, 2), shape[0] * shape[2] * shape[3])  # of the weight and bias
         for layout, least in _layouts(level, _PIXELS, odd=name == "primes"):
-            yield Case("group_norm_silu", name, layout, least, shapes, function, eager, sums=sums)
+            yield Case("group_norm_silu", name, layout, least, shapes, function, peer, sums=sums)
 
 
 def _zero_conv_add() -> Iterator[Case]:
@@ -146,9 +138,9 @@ def _zero_conv_add() -> Iterator[Case]:
         def function(x, weight, bias, residual, scale=0.7):
             return cnkernels.zero_conv_add(x, weight, bias, residual, scale)
 
-        def eager(x, weight, bias, residual, scale=0.7):
-            scale = scale[:, None, None, None] if isinstance(scale, Tensor) else scale
-            return residual + scale * F.conv2d(x, weight, bias)
+        def peer(x, weight, bias, residual, scale=0.7):
+            per_sample = isinstance(scale, Tensor)
+            return eager.zero_conv_add(x, weight, bias, residual, *((scale,) if per_sample else (None, scale)))
 
         residual = (shape[0], out_channels, *shape[2:])
         shapes = (
@@ -160,12 +152,7 @@ def _zero_conv_add() -> Iterator[Case]:
         )
         sums = dict.fromkeys((1, 2), shape[0] * shape[2] * shape[3])  # of the weight and bias
         for layout, least in _layouts(level, _PIXELS, odd=name == "primes"):
-            yield Case("zero_conv_add", name, layout, least, shapes, function, eager, sums=sums)
-
-
-def _geglu_eager(projected: Tensor) -> Tensor:
-    value, gate = projected.chunk(2, dim=-1)
-    return value * F.gelu(gate)
+            yield Case("zero_conv_add", name, layout, least, shapes, function, peer, sums=sums)
 
 
 def _geglu() -> Iterator[Case]:
@@ -176,4 +163,4 @@ def _geglu() -> Iterator[Case]:
         ("5120 columns", "full", (2, 256, 10240)),
     ):
         for layout, least in _layouts(level, _ROWS, odd=name == "primes"):
-            yield Case("geglu", name, layout, least, (shape,), cnkernels.geglu, _geglu_eager)
+            yield Case("geglu", name, layout, least, (shape,), cnkernels.geglu, eager.geglu)

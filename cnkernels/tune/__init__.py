@@ -1,8 +1,9 @@
-"""Which backend is fastest on this machine: `python -m cnkernels.tune`, or `tune` for calls that were recorded."""
+"""The fastest backend on this machine, and how to launch it: `python -m cnkernels.tune`, or `tune` for some calls."""
 
 import datetime
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -35,26 +36,33 @@ def tune(
     device: torch.device,
     *,
     rounds: int = timing.ROUNDS,
+    emulated: bool = False,
+    most: int | None = None,
     progress: Callable[[int, int, Call], None] = lambda done, count, call: None,
 ) -> list[dict]:
     """Measures every backend on each call, and keeps what is fastest in the user's cache, from where `auto` takes it.
 
-    What was measured before an interruption is kept.
+    So it does with the launch configurations of each backend, once the accuracy rule has passed them. What was measured
+    before an interruption is kept. The state of the random generators is what it was before.
 
     Args:
         calls: as `record` or `of_model` gives them.
         device: where they run.
         rounds: turns of each backend.
+        emulated: the GPU kernels on a CPU, too: for tests.
+        most: launch configurations that are measured beside each rule's own; 0 for none, None for all.
         progress: called with (number done, of how many, the call) before each.
 
     Returns:
-        The new entries: {"op", "dtype", "head_dim", "direction", "size", "backend", "seconds": {backend: s}, "date"}.
+        The new entries: {"op", "dtype", "head_dim", "direction", "size", "backend", "seconds": {backend: s}, "date"},
+        and where one was faster than by rule "configurations": {backend: configuration} and "by_rule": {backend: s}.
     """
     identity, made = machine.identity(device), []
     try:
         for number, call in enumerate(calls):
             progress(number, len(calls), call)
-            entries = _measured(call, device, rounds)
+            with torch.random.fork_rng():
+                entries = _measured(call, device, rounds=rounds, emulated=emulated, most=most)
             made += entries
             cache.update(identity, lambda kept, entries=entries: _replace(kept, entries))
     finally:
@@ -62,16 +70,17 @@ def tune(
     return made
 
 
-def _measured(call: Call, device: torch.device, rounds: int) -> list[dict]:
+def _measured(call: Call, device: torch.device, **how: Any) -> list[dict]:
     try:
-        results = measure(call, device, rounds)
+        results = measure(call, device, **how)
     except torch.OutOfMemoryError:
         logger.warning("%s is not measured: the device has too little free memory", call)
         return []
     entries = []
-    for direction, timings in results.items():
-        seconds = {name: t.median for name, t in timings.items() if isinstance(t, timing.Timing)}
-        for name, reason in timings.items():
+    for direction, measured in results.items():
+        by_rule = {name: t.median for name, t in measured.backends.items() if isinstance(t, timing.Timing)}
+        seconds = by_rule | measured.seconds
+        for name, reason in measured.backends.items():
             if isinstance(reason, str):
                 logger.warning("%s, %s, on %s failed: %s", call, direction, name, reason)
         if seconds:
@@ -87,6 +96,11 @@ def _measured(call: Call, device: torch.device, rounds: int) -> list[dict]:
                     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 }
             )
+            if measured.configurations:
+                entries[-1] |= {
+                    "configurations": measured.configurations,
+                    "by_rule": {name: by_rule[name] for name in measured.configurations},
+                }
     return entries
 
 

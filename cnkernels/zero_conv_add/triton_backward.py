@@ -14,6 +14,7 @@ from cnkernels.zero_conv_add.triton_common import (
     product,
     scale_stride,
     tile_config,
+    weight_gradient_tile,
 )
 
 _MANY_PROGRAMS = 384  # a few for each multiprocessor
@@ -191,7 +192,7 @@ def dweight_launch(dout: Tensor, x: Tensor, scale: Scale, need_weight: bool) -> 
     samples, pixels = x.shape[0], x.shape[2] * x.shape[3]
     per_sample = isinstance(scale, Tensor) and scale.dim() > 0
     max_splits = _max_splits(samples * pixels, channels + depth)
-    config = tile_config(channels, depth, x.dtype, max_splits)
+    config = weight_gradient_tile(channels, depth, x.dtype, max_splits)
     tiles = triton.cdiv(channels, config.rows) * (triton.cdiv(depth, config.columns) if need_weight else 1)
     strides = (evenly_strided(t) for t in (dout, x))
     if not per_sample and all(sample == pixels * pixel for sample, pixel, _ in strides):

@@ -6,13 +6,14 @@ ones, are all read and written where they are.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from cnkernels.configurations import rule
 from cnkernels.launch import Launch
 
 Scale = float | Tensor
@@ -112,6 +113,21 @@ def tile_config(rows: int, columns: int, dtype: torch.dtype, max_splits: int = 1
         for tile in tiles
         if triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1]) * max_splits >= _ENOUGH_PROGRAMS
     )
-    block_m, block_n, block_k, num_warps = next(enough, tiles[-1])
+    return _tile(next(enough, tiles[-1]), dtype)
+
+
+def _tile(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> Tile:
+    """With as many stages as fit shared memory."""
+    block_m, block_n, block_k, num_warps = sizes
     stages = _SHARED_MEMORY // ((block_m + block_n) * block_k * dtype.itemsize)
     return Tile(block_m, block_n, block_k, num_warps, min(4, stages))
+
+
+def _candidates(own: Tile, rows: int, columns: int, dtype: torch.dtype, max_splits: int = 1) -> list[Tile]:
+    """The other tiles, and one stage less."""
+    others = [_tile(sizes, dtype) for sizes in (_TILES_FLOAT32 if dtype == torch.float32 else _TILES)]
+    return [*others, *([replace(own, num_stages=own.num_stages - 1)] if own.num_stages > 2 else [])]
+
+
+product_tile = rule("zero_conv_add product", _candidates)(tile_config)
+weight_gradient_tile = rule("zero_conv_add weight gradient", _candidates)(tile_config)

@@ -11,8 +11,8 @@ from cnkernels.zero_conv_add.triton_common import (
     pixel_strides,
     pixels,
     product,
+    product_tile,
     scale_stride,
-    tile_config,
 )
 
 
@@ -85,7 +85,7 @@ def product_launch(x: Tensor, weight: Tensor, residual: Tensor | None, scale: Sc
     """out = residual + scale * (x * weight^T + bias), for a `weight` of any strides."""
     samples, channels, height, width = out.shape
     rows = samples * height * width
-    config = tile_config(rows, channels, x.dtype)
+    config = product_tile(rows, channels, x.dtype)
     sizes = {
         "rows": rows,
         "hw": height * width,

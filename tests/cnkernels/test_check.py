@@ -106,7 +106,10 @@ def test_a_cache_of_another_driver_is_not_read(own_cache):
 @pytest.mark.parametrize(
     "text",
     ["", "{", "null", "[]", '{"identity": {}}', '{"identity": IDENTITY, "faults": [1], "choices": {}}',
-     '{"identity": IDENTITY, "faults": [], "choices": {"geglu": [{"dtype": "float16"}]}}', "\udcff"],
+     '{"identity": IDENTITY, "faults": [], "choices": {"geglu": [{"dtype": "float16"}]}}',
+     '{"identity": IDENTITY, "faults": [], "choices": {"geglu": [{"dtype": "float16", "direction": "forward",'
+     ' "size": 9, "backend": "aten", "head_dim": null, "configurations": {"triton": {"geglu": [8]}}}]}}',
+     "\udcff"],
 )  # fmt: skip
 def test_a_damaged_cache_is_one_warning_and_the_rule(own_cache, caplog, text):
     identity = machine.identity(CPU)

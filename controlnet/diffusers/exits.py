@@ -115,8 +115,14 @@ class Stepper:
     def __init__(self, model: nn.Module, recorder: Recorder | None = None):
         self._model = model
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
-        scales = ("conditioning_scale",)
-        self.graph = StepGraph(self._whole, model, numbers=("timestep",), scales=scales, recorder=recorder)
+        self.graph = StepGraph(
+            self._whole,
+            model,
+            numbers=("timestep",),
+            scales=("conditioning_scale",),
+            lora_scale=("cross_attention_kwargs", "scale"),
+            recorder=recorder,
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.graph(**dict(zip(self._names, args, strict=False)), **kwargs)

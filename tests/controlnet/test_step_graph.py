@@ -21,6 +21,8 @@ from tests.controlnet.test_compile import model as controlled
 
 
 class Recording(TorchDispatchMode):
+    replaying = False
+
     def __init__(self):
         super().__init__()
         self.calls = []
@@ -34,10 +36,12 @@ class Recording(TorchDispatchMode):
         return out
 
     def replay(self):
+        Recording.replaying = True
         for function, args, kwargs, out in self.calls:
             for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+        Recording.replaying = False
 
 
 class Recorder:
@@ -197,18 +201,189 @@ def test_changes_of_the_models(change, both, recorder):
         exact(step(both, *arguments), expected)
 
 
+def two_loras(base):
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    for name in ("one", "two"):
+        config = LoraConfig(r=2, target_modules=["to_k", "to_q", "proj_in"], init_lora_weights=False)
+        base.add_adapter(config, adapter_name=name)
+    base.set_adapters(["one", "two"], [1.0, 0.3])
+    base.double()
+
+
 @torch.no_grad()
-def test_lora_scales(both, recorder):
-    a_lora(*both)
-    reference = copy.deepcopy(both[0])
+def test_lora_scales_are_copied(both, recorder):
+    """The factor of a call and the weights of the adapters, all of one layer and layer by layer, take no new capture."""
+    base = both[0]
+    two_loras(base)
+    reference = copy.deepcopy(base)
     graphed(both, recorder)
     x, t, context, _ = inputs(torch.float64)
-    for scale in (1.0, 0.5, 1.0, 0.5):
-        options = {"cross_attention_kwargs": {"scale": scale}}
-        exact(both[0](x, t, context, **options).sample, reference(x, t, context, **options).sample)
-    before = recorder.captured
-    both[0](x, t, context, cross_attention_kwargs={"scale": 0.5})
-    assert recorder.captured == before
+    plain = reference(x, t, context).sample
+    for scale, weights in [
+        (None, [1.0, 0.3]),
+        (0.5, [1.0, 0.3]),
+        (1.0, [0.2, 2.0]),
+        (None, [0.0, 1.0]),
+        (-0.4, [1.0, {"mid": 0.1}]),
+        (0.0, [1.0, 1.0]),
+        (0.7, [1.0, 0.3]),
+    ]:
+        options = {} if scale is None else {"cross_attention_kwargs": {"scale": scale}}
+        for model in (base, reference):
+            model.set_adapters(["one", "two"], weights)
+        expected = reference(x, t, context, **options).sample
+        exact(base(x, t, context, **options).sample, expected)
+        assert (weights == [1.0, 0.3] and scale is None) == torch.equal(expected, plain)
+    assert (recorder.captured, recorder.replayed) == (1, 7)
+    scales = [m.scaling for m in base.modules() if hasattr(m, "scaling")]
+    assert scales and all(type(value) is float for table in scales for value in table.values())
+
+
+@torch.no_grad()
+def test_other_adapters_take_another_graph(both, recorder):
+    base = both[0]
+    two_loras(base)
+    reference = copy.deepcopy(base)
+    graphed(both, recorder)
+    x, t, context, _ = inputs(torch.float64)
+    changes = [
+        lambda model: model.set_adapters(["one"]),
+        lambda model: model.fuse_lora(),  # writes through `.data`
+        lambda model: model.unfuse_lora(),
+        lambda model: model.disable_lora(),
+        lambda model: model.enable_lora(),
+        lambda model: model.delete_adapters("two"),
+    ]
+    base(x, t, context)
+    for change in changes:
+        change(base)
+        change(reference)
+        exact(base(x, t, context).sample, reference(x, t, context).sample, 1e-10)
+    assert recorder.captured <= 1 + len(changes)
+
+
+class Copies:
+    """Counts what a step copies between its replays, as launches on the host."""
+
+    def __init__(self, monkeypatch):
+        self.count = 0
+        for name in ("copy_", "fill_", "clone"):
+            monkeypatch.setattr(torch.Tensor, name, self._counted(getattr(torch.Tensor, name)), raising=False)
+
+    def _counted(self, function):
+        def counted(*args, **kwargs):
+            if not Recording.replaying:
+                self.count += 1
+            return function(*args, **kwargs)
+
+        return counted
+
+
+@torch.no_grad()
+def test_copies_of_a_step(both, recorder, monkeypatch):
+    """Latents and timestep of both models, what each returns, and nothing else: the U-Net reads the residuals in place.
+
+    Two replays.
+    """
+    base, control = graphed(both, recorder)
+    assert len(control.controlnet_down_blocks) + 1 == 13
+    x, _, context, hint = inputs(torch.float64)
+    step((base, control), x, 7, context, hint, 0.5)
+    copies, before = Copies(monkeypatch), recorder.replayed
+    step((base, control), -x, 8, context, hint, 0.5)
+    assert (copies.count, recorder.replayed - before) == (2 + 13 + 2 + 1, 2)
+    step((base, control), -x, 9, context, hint, 0.6)
+    assert copies.count == 2 * 18 + 1
+
+
+def residuals_of(result):
+    return {"down_block_additional_residuals": result[0], "mid_block_additional_residual": result[1]}
+
+
+@torch.no_grad()
+def test_residuals_are_read_in_place_only_while_they_are_there(both, recorder):
+    """The U-Net's graph follows the residuals that it is given, however they came about."""
+    reference = copy.deepcopy(both)
+    base, control = graphed(both, recorder)
+    x, t, context, hint = inputs(torch.float64)
+
+    def check(result, **options):
+        given = [*result[0], result[1]]
+        kept = [r.clone() for r in given]
+        expected = reference[0](x, t, context, **residuals_of(result)).sample
+        exact(base(x, t, context, **residuals_of(result), **options).sample, expected)
+        assert all(map(torch.equal, given, kept)), "the residuals are the caller's own"
+
+    first = control(x, t, context, hint, return_dict=False)
+    check(first)
+    second = control(x, t, context, 1 - hint, return_dict=False)
+    check(first)  # those of an earlier call
+    check(second)
+    check(second)
+    second[1].mul_(2)  # written to by the caller, as a second ControlNet's are added
+    check(second)
+    base(x, t, context)  # another graph of the U-Net, in the memory of which the outputs may have been
+    check(second)
+    third = control(x, t, context, hint, return_dict=False)
+    check(([-r for r in third[0]], third[1]))
+    off = control(x, t, context, hint, conditioning_scale=0.0, return_dict=False)
+    check(off)
+    check(third)
+    assert recorder.captured == 2 + 1 + 1
+    weights_moved(*both)
+    weights_moved(*reference)
+    check(control(x, t, context, hint, return_dict=False))
+
+
+@torch.no_grad()
+def test_the_memory_of_graphs_is_shared(both):
+    """A replay of one may overwrite the outputs of another, unless it reads them."""
+
+    class Overwriting(Recorder):
+        def __init__(self):
+            super().__init__()
+            self.outputs = {}
+
+        def capture(self, function):
+            replay, outputs = super().capture(function)
+            self.outputs[replay] = [t for t in tree_leaves(outputs) if isinstance(t, torch.Tensor)]
+            reads = {id(t) for t in self.given}
+
+            def overwriting():
+                for other, tensors in self.outputs.items():
+                    if other is not replay:
+                        for tensor in tensors:
+                            if id(tensor) not in reads:
+                                tensor.fill_(float("nan"))
+                replay()
+
+            return overwriting, outputs
+
+    reference = copy.deepcopy(both)
+    recorder = Overwriting()
+    recorder.given = ()
+    base, control = graphed(both, recorder)
+    x, t, context, hint = inputs(torch.float64)
+    result = control(x, t, context, hint, return_dict=False)
+    recorder.given = recorder.outputs[next(iter(recorder.outputs))]
+    expected = reference[0](x, t, context, **residuals_of(result)).sample
+    exact(base(x, t, context, **residuals_of(result)).sample, expected)
+    recorder.given = ()
+    base(x, t, context)  # overwrites the residuals
+    exact(base(x, t, context, **residuals_of(result)).sample, expected)
+
+
+@torch.no_grad()
+def test_inference_mode_and_none_take_turns(both, recorder):
+    reference = copy.deepcopy(both)
+    graphed(both, recorder)
+    arguments = inputs(torch.float64)
+    for mode in (True, False, True):
+        with torch.inference_mode(mode):
+            exact(step(both, *arguments).clone(), step(reference, *arguments).clone())
+    assert recorder.captured == 2
 
 
 @torch.no_grad()

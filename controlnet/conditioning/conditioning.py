@@ -101,7 +101,7 @@ class Conditioning(nn.Module):
 
         The empty caption is the unconditional one.
         """
-        return self._text(captions)[0]
+        return self.text(captions)[0]
 
     def condition(self, captions: Sequence[str] | Tensor, time_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """The context as `context` gives it, and y, float32 [N, vector_channels]; None for a stage without one.
@@ -110,12 +110,13 @@ class Conditioning(nn.Module):
             time_ids: [N, 6], height and width of the original image, top and left of the crop, height and width of the
                 result. Not read by a stage without a pooled vector.
         """
-        context, pooled = self._text(captions)
+        context, pooled = self.text(captions)
         return context, None if pooled is None else self._vector(pooled, time_ids)
 
     @torch.no_grad()
-    def _text(self, captions: Sequence[str] | Tensor) -> tuple[Tensor, Tensor | None]:
-        """Context and pooled vector (None for a stage without one), float32."""
+    def text(self, captions: Sequence[str] | Tensor) -> tuple[Tensor, Tensor | None]:
+        """The context as `context` gives it, and the pooled vector, float32 [N, pooled channels]; None for a stage
+        without one."""
         if isinstance(captions, str):
             raise TypeError(f"captions is the one text {captions!r}; expected a list of texts")
         tokens = captions if isinstance(captions, Tensor) else self.tokenize(list(captions))
@@ -149,7 +150,7 @@ class Conditioning(nn.Module):
         """The context of a batch; nothing waits for the device.
 
         Args:
-            batch: "states" [N, T, D] and "no_caption" [T, D], cached; or "tokens", int64 [N, T] or [N, 2, T]; or
+            batch: "states" [N, T, D] and "no_caption" [1, T, D], cached; or "tokens", int64 [N, T] or [N, 2, T]; or
                 "captions".
             dropped: bool [N] on the CPU; these captions are replaced by the empty one.
         """
@@ -161,18 +162,26 @@ class Conditioning(nn.Module):
         A dropped caption takes its pooled vector with it, and leaves the time ids as they are.
 
         Args:
-            batch: as `batch_context`, with "time_ids" [N, 6] for a stage that has a pooled vector.
+            batch: as `batch_context`; for a stage that has a pooled vector with "time_ids" [N, 6], and beside states
+                with "pooled" [N, P] and "no_pooled" [1, P].
             dropped: as `batch_context`.
         """
+        if self.vector_channels is not None and "time_ids" not in batch:
+            raise ValueError(f"the batch has {', '.join(batch)}; expected time_ids, [N, 6], too")
         if "states" in batch:
-            states, empty = (to_device(batch[name], self.device).float() for name in ("states", "no_caption"))
-            return torch.where(to_device(dropped, self.device)[:, None, None], empty, states), None
+            context = self._dropped(batch, "states", "no_caption", dropped)
+            if self.vector_channels is None:
+                return context, None
+            return context, self._vector(self._dropped(batch, "pooled", "no_pooled", dropped), batch["time_ids"])
         tokens = batch["tokens"] if "tokens" in batch else self.tokenize(batch["captions"])
         if self._no_caption is None:
             self._no_caption = self.tokenize([""])
         tokens = torch.where(dropped.view(-1, *(1,) * (tokens.dim() - 1)), self._no_caption, tokens)
         if self.vector_channels is None:
             return self.context(tokens), None
-        if "time_ids" not in batch:
-            raise ValueError(f"the batch has {', '.join(batch)}; expected time_ids, [N, 6], too")
         return self.condition(tokens, batch["time_ids"])
+
+    def _dropped(self, batch: Mapping[str, Any], name: str, empty: str, dropped: Tensor) -> Tensor:
+        """A cached tensor of a batch, float32 [N, ...], with the empty caption's rows where captions are dropped."""
+        rows, instead, drop = (to_device(tensor, self.device) for tensor in (batch[name], batch[empty], dropped))
+        return torch.where(drop.view(-1, *(1,) * (rows.dim() - 1)), instead, rows).float()

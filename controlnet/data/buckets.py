@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from controlnet.data.images import MAX_PIXELS
-from controlnet.data.samples import Placement, flip_probability, height_and_width, placed
+from controlnet.data.samples import Placement, Transform, flip_probability, height_and_width, placed
 from controlnet.data.shards import DataError
 
 _WHERE = "data.train.buckets"
@@ -82,6 +82,18 @@ class Buckets(NamedTuple):
         scale = max(bucket[0] / height, bucket[1] / width)
         resized = max(bucket[1], round(width * scale)), max(bucket[0], round(height * scale))
         return placed(resized, bucket, draws if self.random_crop else None, draws[2] < self.flip)
+
+
+def transform_of(train: Mapping[str, Any], factor: int) -> Transform | Buckets:
+    """The joint transform of image and hint that `data.train` describes.
+
+    Raises:
+        DataError: naming the key.
+    """
+    augmentations = train.get("augmentations") or {}
+    if train.get("buckets") is None:
+        return Transform.from_config(augmentations, factor)
+    return Buckets.from_config(train["buckets"], augmentations, factor)
 
 
 def _of_area(area: Any, step: Any, max_aspect: Any, factor: int) -> tuple[tuple[int, int], ...]:

@@ -16,11 +16,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from controlnet.data.advice import advice
-from controlnet.data.buckets import Buckets
+from controlnet.data.buckets import Buckets, transform_of
 from controlnet.data.cached import Cached, encoded_extensions, mismatch, read_manifest
 from controlnet.data.hints import HintReader
 from controlnet.data.images import IMAGE_FORMATS
-from controlnet.data.samples import BadSample, Decoded, Resolution, Transform, flip_probability, read_sample
+from controlnet.data.samples import BadSample, Decoded, Resolution, flip_probability, read_sample
 from controlnet.data.shards import DataError, Drop, Stock, index_shard, list_shards, take_stock
 from controlnet.data.stream import Cursor, Message, Plan, WorkerStream, judge
 
@@ -89,7 +89,7 @@ def build_loader(
         ignored=tuple(str(extension).lower().lstrip(".") for extension in train.get("ignored_extensions") or ()),
         formats=formats,
         hints=_hint_reader(train.get("hint"), hint_channels),
-        transform=_transform(train, factor),
+        transform=transform_of(train, factor),
         resolution=Resolution.from_config(train.get("filterings")),
         max_bad_fraction=_or(train.get("max_bad_fraction"), DEFAULT_MAX_BAD_FRACTION),
         fixed_shards=train.get("data_sharding") is not False,
@@ -116,13 +116,6 @@ def build_loader(
 
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
-
-
-def _transform(train: Mapping[str, Any], factor: int) -> Transform | Buckets:
-    augmentations = train.get("augmentations") or {}
-    if train.get("buckets") is None:
-        return Transform.from_config(augmentations, factor)
-    return Buckets.from_config(train["buckets"], augmentations, factor)
 
 
 def _hint_reader(hint: Mapping[str, Any] | None, channels: int) -> HintReader:
@@ -336,6 +329,8 @@ def _blocked_signals() -> Iterator[None]:
 class ImageShards:
     """All shards of `data.train`, sample by sample and without augmentation: what `controlnet.encode` reads.
 
+    `flip` is the probability of a flip in training, `sizes` are the (height, width) that a sample can have.
+
     Args:
         data: as `build_loader`.
         factor, hint_channels: as `build_loader`.
@@ -349,9 +344,9 @@ class ImageShards:
         augmentations = train.get("augmentations") or {}
         self._extensions, self._formats = read_extensions(train.get("extensions"))
         self._ignored = tuple(str(each).lower().lstrip(".") for each in train.get("ignored_extensions") or ())
-        self._transform = Transform.from_config(augmentations, factor)._replace(flip=0.0)
+        self._transform = transform_of(train, factor)._replace(flip=0.0)
         self._resolution = Resolution.from_config(train.get("filterings") or {})
-        self.flip, self.crop = flip_probability(augmentations), self._transform.crop
+        self.flip, self.sizes = flip_probability(augmentations), self._transform.sizes
         try:
             self._hints = HintReader.from_config(train.get("hint"), hint_channels)
         except ValueError as error:

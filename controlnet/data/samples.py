@@ -84,6 +84,11 @@ class Transform(NamedTuple):
     random_crop: bool
     flip: float
 
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of the results: one."""
+        return (self.crop,)
+
     @classmethod
     def from_config(cls, augmentations: Mapping, factor: int) -> Transform:
         """Read `data.train.augmentations`.
@@ -192,13 +197,20 @@ class Decoded(NamedTuple):
         image: uint8 [H, W, 3].
         hint: [H, W, hint channels], uint8, or float32 with 1 for white.
         caption: text.
-        time_ids: six numbers; see `Placement.time_ids`.
+        placement: what part of the picture this is.
+        original: (width, height) of the whole picture.
     """
 
     image: np.ndarray
     hint: np.ndarray
     caption: str
-    time_ids: tuple[int, ...]
+    placement: Placement
+    original: tuple[int, int]
+
+    @property
+    def time_ids(self) -> tuple[int, ...]:
+        """Six numbers; see `Placement.time_ids`."""
+        return self.placement.time_ids(self.original)
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -237,7 +249,7 @@ def read_sample(
         return None
     picture, hint, caption = found
     placement = transform.place(picture.size, rng)
-    return Decoded(placement.image(picture), placement.hint(hint), caption, placement.time_ids(picture.size))
+    return Decoded(placement.image(picture), placement.hint(hint), caption, placement, picture.size)
 
 
 def decode(

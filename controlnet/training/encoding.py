@@ -1,6 +1,7 @@
 """Encodes shards of images into shards of latents and text, so that training computes neither again."""
 
 import io
+import itertools
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import torch
 
 from controlnet import build, config
 from controlnet.data import DataError, ImageShards, cached
+from controlnet.data.samples import Decoded
 from controlnet.training.distributed import RankError, World, start
 
 logger = logging.getLogger("controlnet")
@@ -36,43 +38,40 @@ class Encoder:
     """
 
     def __init__(self, cfg: Any, conditioning: Any, world: World, output: Path, states: bool):
-        if conditioning.vector_channels is not None:
-            raise DataError(
-                "model.cond_stage_config is Stable Diffusion XL's, whose pooled vectors and time ids encoded shards do"
-                " not hold; train on the shards of images"
-            )
-        train = cfg.data.train
-        if train.augmentations.random_crop_h_w is not None:
-            raise DataError(
-                f"data.train.augmentations.random_crop_h_w is {train.augmentations.random_crop_h_w}; expected"
-                " center_crop_h_w: a crop that differs from epoch to epoch cannot be encoded once"
-            )
-        if train.get("buckets") is not None:
-            raise DataError("data.train.buckets is set; expected one size, by center_crop_h_w")
+        _check_crop(cfg.data.train)
         self.conditioning, self.world, self.output, self.states = conditioning, world, output, states
         self.batch = cfg.model.micro_batch_size
+        self.has_vector = conditioning.vector_channels is not None
         hint_channels = cfg.model.control_stage_config.get("hint_channels", 3)
         self.source = ImageShards(cfg.data, factor=conditioning.factor, hint_channels=hint_channels)
-        height, width = self.source.crop
+        height, width = self.source.sizes[0]
         example = conditioning.first_stage.moments(torch.zeros(1, 3, height, width, device=conditioning.device))
-        empty = self._text([""])[0]
+        text, pooled = self._text([""])
+        rows = {"no_caption": text, "no_pooled": pooled}
         self.tree: dict[str, Any] = {
             "kind": cached.KIND,
             "format": cached.FORMAT,
             "complete": False,
             "settings": {
-                **cached.settings(cfg, conditioning),
+                **cached.settings(cfg.model, cfg.data.train, conditioning),
                 "flips": bool(self.source.flip),
-                "moments": list(example.shape[1:]),
-                "text": list(empty.shape),
+                "sizes": [list(size) for size in self.source.sizes],
+                "factor": conditioning.factor,
+                "moments": list(example.shape[1:3]),
+                "text": {"kind": "states" if states else "tokens", "shape": list(text.shape[1:])},
+                "pooled vector": conditioning.cond_stage.pooled_dim if self.has_vector else None,
             },
-            "no_caption": empty.tolist(),
+            "empty": {name: row[0].tolist() for name, row in rows.items() if states and row is not None},
         }
 
-    def _text(self, captions: Sequence[str]) -> torch.Tensor:
-        """Tokens int64 [N, T] or states float32 [N, T, D] of captions, on the CPU."""
+    def _text(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of N captions, on the CPU: tokens int64 [N, T] or [N, 2, T] and None, or states float32 [N, T, D] and pooled
+        vectors [N, P] (None of a text encoder without them)."""
         tokens = self.conditioning.tokenize(list(captions))
-        return self.conditioning.context(tokens).cpu() if self.states else tokens
+        if not self.states:
+            return tokens, None
+        states, pooled = self.conditioning.text(tokens)
+        return states.cpu(), None if pooled is None else pooled.cpu()
 
     def name(self, number: int) -> str:
         return f"{number:05d}-{Path(self.source.shards[number]).name}"
@@ -124,30 +123,57 @@ class Encoder:
             logger.info("%s: %d samples", path, count)
 
     def _encoded(self, number: int) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """Keys and members of a shard's samples."""
-        waiting: list[tuple[str, Any]] = []
-        for pair in self.source.samples(self.source.shards[number]):
-            waiting.append(pair)
-            if len(waiting) == self.batch:
-                yield from self._encode(waiting)
-                waiting = []
-        if waiting:
-            yield from self._encode(waiting)
+        """Keys and members of a shard's samples, in their order."""
+        samples = self.source.samples(self.source.shards[number])
+        while window := list(itertools.islice(samples, self.batch * len(self.source.sizes))):
+            found: dict[int, dict[str, bytes]] = {}
+            for size in self.source.sizes:  # a batch has one size
+                alike = [i for i, (_, sample) in enumerate(window) if sample.size == size]
+                for first in range(0, len(alike), self.batch):
+                    places = alike[first : first + self.batch]
+                    found |= zip(places, self._encode([window[i] for i in places]), strict=True)
+            yield from ((key, found[i]) for i, (key, _) in enumerate(window) if found[i])
 
     @torch.no_grad()
-    def _encode(self, samples: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    def _encode(self, samples: Sequence[tuple[str, Decoded]]) -> Iterator[dict[str, bytes]]:
+        """The members of samples of one size; none of a sample that is left out."""
         pixels = torch.from_numpy(np.stack([sample.image for _, sample in samples])).permute(0, 3, 1, 2)
         images = pixels.float().div_(127.5).sub_(1).to(self.conditioning.device)
         moments = self.conditioning.first_stage.moments(images).float().cpu()
         mirrored = [None] * len(samples)
         if self.source.flip:
             mirrored = list(self.conditioning.first_stage.moments(images.flip(3)).float().cpu())
-        text = self._text([sample.caption for _, sample in samples])
-        for (key, sample), own, other, words in zip(samples, moments, mirrored, text, strict=True):
-            if not torch.isfinite(own.half()).all():
+        text, pooled = self._text([sample.caption for _, sample in samples])
+        vectors = [None] * len(samples) if pooled is None else pooled
+        for (key, sample), own, other, words, vector in zip(samples, moments, mirrored, text, vectors, strict=True):
+            unusable = [tensor for tensor in (own, other) if tensor is not None and not tensor.half().isfinite().all()]
+            if unusable:
                 logger.warning("left out: the latents of %s are not finite in float16", key)
+                yield {}
                 continue
-            yield key, cached.members(own, other, np.ascontiguousarray(sample.hint), sample.caption, words)
+            hint = np.ascontiguousarray(sample.hint)
+            yield cached.members(own, other, hint, sample.caption, words, vector, self._time_ids(sample))
+
+    def _time_ids(self, sample: Decoded) -> list[tuple[int, ...]] | None:
+        """Those of a sample, and where flips are on of the mirrored one; None for a model that is not told them."""
+        if not self.has_vector:
+            return None
+        flips = (False, True) if self.source.flip else (False,)
+        return [sample.placement._replace(flip=flip).time_ids(sample.original) for flip in flips]
+
+
+def _check_crop(train: Mapping[str, Any]) -> None:
+    """Raises DataError for a crop that differs from epoch to epoch: it cannot be encoded once."""
+    crop, buckets = train["augmentations"]["random_crop_h_w"], train.get("buckets") or {}
+    for name, value, instead in (
+        ("augmentations.random_crop_h_w", crop, "center_crop_h_w"),
+        ("buckets.random_crop", buckets.get("random_crop"), "false"),
+    ):
+        if value:
+            raise DataError(
+                f"data.train.{name} is {value}; expected {instead}: a crop that differs from epoch to epoch cannot be"
+                " encoded once"
+            )
 
 
 def encode(config_file: str | Path, output: Path, overrides: Sequence[str] = (), *, states: bool = False) -> None:

@@ -95,7 +95,7 @@ class Data:
             start=position,
             hint_channels=self.hint_channels,
             tokenize=self.conditioning.tokenize,
-            encoded=lambda: cached.settings(self.cfg, self.conditioning),
+            encoded=lambda: cached.settings(self.cfg.model, data["train"], self.conditioning),
         )
 
     def training(self, position: Any) -> Any:

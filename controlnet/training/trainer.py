@@ -99,7 +99,6 @@ class Trainer:
         self._losses: list[Tensor] = []  # of the counted steps since the last row of metrics
         self._loss = self._norm = torch.zeros((), device=world.device)  # of the last step
         self._latest: tuple[Any, tuple[Tensor, ...]] = None, ()  # batch and inputs of the last micro-batch
-        self._no_caption: Tensor | None = None  # token numbers [1, T] of the empty caption
 
     def _place(self, dtype: torch.dtype) -> None:
         """Moves the model to its device, precision and memory format, and wraps the loss for compilation and DDP."""

@@ -51,7 +51,7 @@ def draw_grid(
     Raises Stopped on all ranks when one of them is asked to stop meanwhile.
     """
     count = min(math.ceil(images / world.size), len(batch["keys"]))
-    batch = {name: value[:count] if name != "no_caption" else value for name, value in batch.items()}
+    batch = {name: value[:count] for name, value in batch.items()}
     hint = batch["hint"].to(world.device)
     posterior = torch.Generator(world.device).manual_seed(seed + world.rank)
     latents = conditioning.batch_latents(batch, posterior)

@@ -37,7 +37,7 @@ def encoded(folder, cfg, *options):
 
 def loader(cfg, batch=2):
     conditioning = build.build_conditioning(cfg.model)
-    settings = cached.settings(cfg, conditioning)
+    settings = cached.settings(cfg.model, cfg.data.train, conditioning)
     options = {"tokenize": conditioning.tokenize, "encoded": lambda: settings}
     return conditioning, build_loader(cfg.data, factor=2, batch_size=batch, seed=0, **options)
 
@@ -105,7 +105,10 @@ class TestRefused:
         paths = encoded(tmp_path, configuration(tmp_path, shards))
         for override, message in (
             ("model.scale_factor=0.5", "scale_factor was 1.0, is 0.5"),
-            ("data.train.augmentations.center_crop_h_w=8", "crop was '16', is '8'"),
+            (
+                "data.train.augmentations.center_crop_h_w=8",
+                "crop was '16 x 16, in the centre', is '8 x 8, in the centre'",
+            ),
             ("model.cond_stage_config.vocabulary=[red,blue]", "weights of the text encoder: other weights"),
             ("model.cond_stage_config.max_length=3", "length of the text was 4, is 3"),
         ):

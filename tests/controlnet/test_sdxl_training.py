@@ -1,9 +1,9 @@
 """Stable Diffusion XL trains, goes on and draws at reduced width; text, time ids and steps are diffusers'."""
 
 import dataclasses
+import functools
 import json
 import shutil
-from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -11,116 +11,27 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 import controlnet
 from controlnet import build, config, generate
 from controlnet.build import opening
 from controlnet.conditioning import AutoencoderKL, Conditioning, SpaceToDepth, TextEncoders
-from controlnet.data import DataError
 from controlnet.inference.drawing import diffusers_scheduler
 from controlnet.model.diffusion import DiffusionLoss, NoiseSchedule
 from controlnet.model.layers import sinusoids
-from controlnet.training.distributed import StopRequest, World
-from controlnet.training.encoding import Encoder
 from controlnet.training.randomness import RandomStreams
-from controlnet.training.run import prepare
 from controlnet.training.validation import Validation
-from tests.controlnet import tiny, tiny_run
+from tests.controlnet import tiny, tiny_run, tiny_sdxl
 from tests.controlnet.formats import assert_equal, state
-from tests.controlnet.shard_files import jpeg, png, write_tar
-
-RECIPE = Path(controlnet.__file__).parent / "configs" / "sdxl_seg.yaml"
-WIDTHS, POOLED = (16, 32), 24  # of the two text encoders, and of the second's projection
-SMALL = {"model_channels": 64, "num_res_blocks": 1, "transformer_depth": [0, 1, 2],
-         "context_dim": sum(WIDTHS), "adm_in_channels": POOLED + 6 * 256}  # fmt: skip
-CAPTIONS = ["a cat", "cat at bat " * 30, ""]
+from tests.controlnet.tiny_sdxl import CAPTIONS, POOLED, RECIPE, SMALL, WIDTHS, configuration, trainer
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    """The folder of a small SDXL: both text encoders with tokenizers, U-Net and VAE; a ControlNet lies beside it."""
-    folder = tmp_path_factory.mktemp("sdxl") / "pipeline"
-    text = tiny.clip_folder(folder / "text_encoder", width=WIDTHS[0], length=77)
-    second = CLIPTextConfig(
-        **{**text.config.to_dict(), "hidden_size": WIDTHS[1], "intermediate_size": 40, "projection_dim": POOLED}
-    )
-    torch.manual_seed(1)
-    CLIPTextModelWithProjection(second).save_pretrained(folder / "text_encoder_2")
-    for number, pad in (("", "<|endoftext|>"), ("_2", "a")):  # SDXL's second tokenizer pads with token 0, too
-        (folder / f"tokenizer{number}").mkdir()
-        for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
-            shutil.copy(folder / "text_encoder" / name, folder / f"tokenizer{number}")
-        path = folder / f"tokenizer{number}" / "tokenizer_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": pad}))
-    model = build.build_model(config.load(RECIPE, sizes()).model, weights=False)
-    generator = torch.Generator().manual_seed(3)
-    for parameter in model.parameters():
-        if not parameter.any():
-            parameter.data.normal_(std=0.05, generator=generator)
-    parts = {"model.diffusion_model.": model.unet, "control_model.": model.control}
-    tensors = {prefix + name: t.contiguous() for prefix, part in parts.items() for name, t in state(part).items()}
-    save_file(tensors, folder.parent / "models.safetensors")
-    done = controlnet.convert(folder.parent / "models.safetensors", folder.parent / "models", "diffusers")
-    assert set(done.written) == {"unet", "control"}
-    shutil.move(folder.parent / "models" / "unet", folder / "unet")
-    vae = tiny.vae()
-    vae.register_to_config(scaling_factor=0.13025)
-    vae.save_pretrained(folder / "vae")
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)).save(folder / "hint.png")
-    return folder
-
-
-def sizes():
-    stages = ("unet_config", "control_stage_config")
-    return [f"model.{stage}.{key}={value}" for stage in stages for key, value in SMALL.items()] + [
-        "model.control_stage_config.hint_block_channels=[8, 16]"
-    ]
-
-
-def configuration(pipeline, folder, *overrides):
-    """The recipe at reduced width, on shards of pictures of two shapes."""
-    rng, shapes, files = np.random.default_rng(0), [(16, 16), (20, 30)] * 4, []
-    for number, shape in enumerate(shapes):
-        pixels = rng.integers(0, 256, (2, *shape, 3), dtype=np.uint8)
-        members = {"jpg": jpeg(pixels[0]), "txt": CAPTIONS[number % 2].encode(), "png": png(pixels[1])}
-        files += [(f"{number:05d}.{extension}", content) for extension, content in members.items()]
-    folder.mkdir(parents=True, exist_ok=True)
-    shard = write_tar(folder / "0.tar", files)
-    ours = [
-        f"exp_manager.explicit_log_dir={folder}/run",
-        f"data.train.dataset_path=[{shard}]",
-        "data.train.buckets.sizes=['16, 16', '16, 24']",
-        "data.train.augmentations={resize_smallest_side: null, center_crop_h_w: null, horizontal_flip: 0.5}",
-        "data.webdataset.local_root_path=null",
-        "data.num_workers=0",
-        "model.micro_batch_size=2",
-        "model.global_batch_size=2",
-        f"model.unet_config.from_pretrained={pipeline}",
-        f"model.first_stage_config.from_pretrained={pipeline}",
-        f"model.cond_stage_config.version={pipeline}",
-        "model.cond_stage_config.precision=fp32",
-        "model.first_stage_config.precision=fp32",
-        "model.image_logger={max_images: 2, batch_frequency: 2, log_images_kwargs: {ddim_steps: 2}}",
-        "model.text_embedding_dropout_rate=0.5",
-        "trainer.accelerator=cpu",
-        "trainer.precision=fp32",
-        "trainer.max_epochs=-1",
-        "trainer.max_steps=2",
-        "trainer.log_every_n_steps=1",
-        "trainer.enable_progress_bar=False",
-        "trainer.control_sensitivity_every_n_steps=1",
-        "exp_manager.create_tensorboard_logger=False",
-        "optim.lr=1e-3",
-        "optim.sched.warmup_steps=0",
-    ]
-    return config.load(RECIPE, [*sizes(), *ours, *overrides])
-
-
-def trainer(cfg):
-    return prepare(cfg, World(0, 1, 0, torch.device("cpu")), StopRequest())
+    return tiny_sdxl.pipeline(tmp_path_factory.mktemp("sdxl") / "pipeline")
 
 
 @pytest.fixture(scope="module")
@@ -331,6 +242,32 @@ def test_a_single_file_states_no_scale_of_its_latents(pipeline, tmp_path, monkey
     assert opening._conditioning_of(file, is_xl=False).scale_factor == 0.18215
 
 
+@torch.no_grad()
+def test_a_whole_single_file_is_a_base(pipeline, tmp_path, monkeypatch):
+    """Two steps of `generate --base FILE` are those of the pipeline's folder that the file was converted from."""
+    control, file = pipeline.parent / "models" / "controlnet", tmp_path / "base.safetensors"
+    done = controlnet.convert(pipeline, file, "original")
+    assert set(done.written) == {"unet", "first_stage", "cond_stage", "cond_stage_2"}, done
+    # A file holds weights alone: the VAE's sizes and the tokenizers are Stable Diffusion XL's own, here the small ones.
+    other = tmp_path / "other"  # the same text encoders with other weights
+    shutil.copytree(pipeline, other, ignore=shutil.ignore_patterns("unet", "vae"))
+    for weights in other.glob("text_encoder*/model.safetensors"):
+        save_file(
+            {name: torch.ones_like(tensor) for name, tensor in load_file(weights).items()}, weights, {"format": "pt"}
+        )
+    sizes = {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "z_channels": 4}
+    monkeypatch.setattr(opening, "AutoencoderKL", functools.partial(AutoencoderKL, ddconfig=sizes))
+    monkeypatch.setattr(opening, "TextEncoders", functools.partial(TextEncoders, version=str(other)))
+    hint = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+    request = generate.Request("a cat", negative_prompt="bat", steps=2, guidance_scale=4.0, seed=3)
+    whole = generate.generate(*opening.open_origin([control], base=file).models(), hint, request)
+    assert_drawn(pipeline, tmp_path / "x.png", "--base", str(file), "--checkpoint", str(control))
+    monkeypatch.undo()
+    folder = generate.generate(*opening.open_origin([control], base=pipeline).models(), hint, request)
+    for ours, expected in zip(whole, folder, strict=True):
+        assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_generate_draws_by_a_base_and_by_a_configuration(pipeline, tmp_path):
     control = str(pipeline.parent / "models" / "controlnet")
     base = ["--base", str(pipeline), "--checkpoint", control]
@@ -382,10 +319,10 @@ def test_what_does_not_go_together_is_one_error(pipeline, tmp_path):
     ours = conditioning(pipeline)
     with pytest.raises(ValueError, match="the batch has captions; expected time_ids"):
         ours.batch_condition({"captions": CAPTIONS}, torch.zeros(3) > 0)
+    with pytest.raises(ValueError, match="the batch has states, pooled; expected time_ids"):
+        ours.batch_condition(dict.fromkeys(("states", "pooled")), torch.zeros(3) > 0)
     with pytest.raises(ValueError, match=r"time_ids is \[2, 6\]; expected \[3, 6\]"):
         ours.condition(CAPTIONS, torch.zeros(2, 6))
-    with pytest.raises(DataError, match="whose pooled vectors and time ids encoded shards do not hold"):
-        Encoder(configuration(pipeline, tmp_path), ours, World(0, 1, 0, torch.device("cpu")), tmp_path, False)
 
 
 def test_the_recipe_is_the_whole_model():

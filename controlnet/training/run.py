@@ -182,7 +182,8 @@ def run(config_file: str | Path, overrides: Sequence[str] = ()) -> None:
         try:
             stopped = trainer.fit()
         except Interrupted:
-            logger.warning("stopped by %s before the first step; nothing was trained that is not saved", stop.reason)
+            saved = f"step {trainer.saved_step} is saved" if trainer.saved_step else "nothing was trained yet"
+            logger.warning("stopped by %s while the training step was compiled; %s", stop.reason, saved)
             sys.exit(128 + stop.signal)
         except RankError as error:
             saved = f"step {trainer.saved_step} is saved" if trainer.saved_step else "no checkpoint was saved"

@@ -24,7 +24,7 @@ from cnkernels.tune import first_call
 from controlnet.config import ConfigError, dtype
 from controlnet.model.controlled import ControlledUNet
 from controlnet.model.diffusion import DiffusionLoss, NoiseSchedule
-from controlnet.training import checkpoint, optim, placement
+from controlnet.training import checkpoint, compiling, optim, placement
 from controlnet.training.agreement import Agreement
 from controlnet.training.arithmetic import accumulation, due, run_folder
 from controlnet.training.distributed import Stopped, StopRequest, World
@@ -112,9 +112,7 @@ class Trainer:
         if cfg.tune and self.world.is_first:
             first_call.at_first_call(self.loss)
         if cfg.inductor:
-            mode = "reduce-overhead" if cfg.inductor_cudagraphs else None
-            self.loss.compile(mode=mode)
-            self.sensitivity.compile(mode=mode)
+            compiling.compile_parts(self.loss, self.sensitivity, cudagraphs=cfg.inductor_cudagraphs)
         self.parallel = placement.parallel(self.loss, self.world, cfg.gradient_as_bucket_view)
         self.model.train()
 
@@ -127,20 +125,27 @@ class Trainer:
             self.resume()
         self._batches = self._endless_batches()
         self.stopped = self.data_over = False
-        with Reporter(self.folder, self.world, self.cfg, self.step, self.images_seen) as self.reporter:
-            compiling = self.cfg.model.inductor and self.step != self.max_steps
-            if compiling and self.world.is_first:
-                logger.info("compiling the training step: minutes without a sign of life; a signal ends it at once")
-            with self.world.failing_together():
-                with self.stop.nothing_to_save() if compiling else contextlib.nullcontext():
-                    self._advance()
-                if self.cfg.model.tune:
-                    findings.forget()  # the first rank has measured in the first step, and all read it
-                while not self._over():
-                    self._advance()
-                self.world.at("its last checkpoint")
-                self.save(last=True)
+        self.reporter = Reporter(self.folder, self.world, self.cfg, self.step, self.images_seen)
+        with self.reporter, self.world.failing_together():
+            if self.cfg.model.inductor and self.step != self.max_steps:
+                self._compile()
+            else:
+                self._advance()
+            if self.cfg.model.tune:
+                findings.forget()  # the first rank has measured in the first step, and all read it
+            while not self._over():
+                self._advance()
+            self.world.at("its last checkpoint")
+            self.save(last=True)
         return self.stopped
+
+    def _compile(self) -> None:
+        """The first step of compiled parts, which takes minutes: a signal ends it, since all before it is saved."""
+        with self.stop.nothing_to_save(), compiling.announced() if self.world.is_first else contextlib.nullcontext():
+            self._advance()
+            if self.cfg.trainer.control_sensitivity_every_n_steps > 0 and self._latest[1]:
+                with self.autocast():  # else its compilation would hold up a later step, and a signal during it
+                    self.sensitivity(*self._latest[1])
 
     def _over(self) -> bool:
         return self.stopped or self.data_over or self.step == self.max_steps
@@ -196,6 +201,8 @@ class Trainer:
             noise = noise + self.cfg.model.offset_noise * self.streams.offset(latents)
         if self.cfg.model.channels_last:
             latents, hint = (x.contiguous(memory_format=torch.channels_last) for x in (latents, hint))
+        if self.cfg.model.inductor and self.cfg.data.train.get("buckets") is not None:
+            compiling.mark_sizes(latents, hint, noise)
         return latents, hint, context, noise, timesteps, *(() if y is None else (y,))
 
     def train_step(self) -> bool:

@@ -168,11 +168,11 @@ def test_a_sample_is_read_as_it_was_written(tmp_path):
     red[..., 0] = 255
     hint = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     files = {"jpg": jpeg(red), "txt": "  ein Wäldchen\n".encode(), "png": png(hint)}
-    image, seen, caption, time_ids = read(tmp_path, files)
-    assert np.abs(image.astype(int) - red).max() <= 2  # JPEG
-    assert (seen == hint).all()
-    assert caption == "ein Wäldchen"
-    assert time_ids == (8, 8, 0, 0, 8, 8)
+    sample = read(tmp_path, files)
+    assert np.abs(sample.image.astype(int) - red).max() <= 2  # JPEG
+    assert (sample.hint == hint).all()
+    assert sample.caption == "ein Wäldchen"
+    assert sample.time_ids == (8, 8, 0, 0, 8, 8)
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from cnkernels import cache, findings, machine
 from controlnet import train
 from controlnet.config import ConfigError
+from controlnet.training import compiling
 from controlnet.training.distributed import StopRequest, World, start
 from controlnet.training.randomness import RandomStreams
 from controlnet.training.trainer import run_folder
@@ -188,20 +190,50 @@ class TestVariants:
         directions = {(op, e["direction"]) for op, entries in record["choices"].items() for e in entries}
         assert directions >= {("attention", "forward"), ("attention", "backward"), ("group_norm_silu", "backward")}
 
-    def test_inductor_compiles_the_loss_in_one_piece(self, tmp_path, monkeypatch):
-        """Traced and differentiated as a whole; Inductor's own code generation, minutes on a CPU, is left out."""
-        compiled = []
+    def test_inductor_compiles_each_part_once_for_all_sizes(self, tmp_path, monkeypatch):
+        """Traced as a whole in the first step; what a compiler makes of the graph has tests in test_compile.py."""
+        compiled, handed_out = [], []
+
+        class Wide(tiny_run.Loader):
+            """Every other batch is wider."""
+
+            def __iter__(self):
+                for batch in super().__iter__():
+                    if self.next % 2 == 0:
+                        batch |= {
+                            name: torch.cat([batch[name], batch[name][..., :8]], 3) for name in ("images", "hint")
+                        }
+                    handed_out.append(tuple(batch["hint"].shape[2:]))
+                    yield batch
 
         def compile_without_inductor(module, **options):
-            compiled.append(type(module).__name__)
-            module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager", fullgraph=True)
+            def backend(graph, inputs):
+                compiled.append((type(module).__name__, len(handed_out)))
+                return graph.forward
+
+            module._compiled_call_impl = torch.compile(module._call_impl, backend=backend, fullgraph=True)
 
         monkeypatch.setattr(torch.nn.Module, "compile", compile_without_inductor)
-        options = [*tiny_run.LINEAR, "trainer.max_steps=1"]
-        plain = fit(tmp_path / "plain", *options)
-        variant = fit(tmp_path / "variant", *options, "model.inductor=True")
+        every = [f"trainer.{key}_every_n_steps=3" for key in ("log", "control_sensitivity")]
+        one_level = [f"model.{part}.{key}=[1]" for part in ("unet_config", "control_stage_config")
+                     for key in ("channel_mult", "attention_resolutions")]  # fmt: skip
+        options = [*tiny_run.LINEAR, *every, *one_level, "data.train.buckets.sizes=['16, 16', '16, 24']"]
+        plain = fit(tmp_path / "plain", *options, loader=Wide)
+        handed_out.clear()
+        variant = fit(tmp_path / "variant", *options, "model.inductor=True", loader=Wide)
         tiny_run.assert_same_weights(plain, tiny_run.weights(variant))
-        assert compiled == ["DiffusionLoss", "Sensitivity"]
+        assert handed_out == [(16, 16), (16, 24), (16, 16)]
+        assert compiled == [("DiffusionLoss", 1), ("Sensitivity", 1)]
+
+    def test_a_compilation_says_that_it_goes_on(self, caplog):
+        caplog.set_level("INFO")
+        with compiling.announced(every=0.01):
+            while len(caplog.records) < 3:
+                time.sleep(0.01)
+        messages = [record.getMessage() for record in caplog.records]
+        assert messages[0].startswith("compiling the training step, once, which takes minutes")
+        assert messages[1].startswith("still compiling the training step: 0 s so far")
+        assert messages[-1] == "compiled the training step in 0 s"
 
 
 class Poisoned(tiny_run.Loader):

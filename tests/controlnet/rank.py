@@ -1,5 +1,6 @@
 """One rank of a job of test_distributed.py: `rank.py FOLDER JOB override ...`, in the environment torchrun gives."""
 
+import datetime
 import os
 import signal
 import sys
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.distributed.distributed_c10d import _get_default_group, _set_pg_timeout
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from controlnet.training.distributed import RankError, StopRequest, start
@@ -54,12 +56,19 @@ class Killed(tiny_run.Loader):
 
 
 class Hanging(tiny_run.Loader):
-    """The last rank waits for its third batch for longer than the others wait for it."""
+    """The last rank waits for its third batch until the first has given up waiting for it and knows why.
+
+    How long a rank waits for another is the configuration's until then, and three seconds from then on.
+    """
+
+    watch = None  # this rank's, of its World
 
     def __iter__(self):
         for batch in super().__iter__():
-            if self.rank == self.world_size - 1 and self.next == 3:
-                time.sleep(60)
+            if self.next == 3:
+                _set_pg_timeout(datetime.timedelta(seconds=3))
+                while self.rank == self.world_size - 1 and not self.watch.store.check(["has read/0"]):
+                    time.sleep(0.1)
             yield batch
 
 
@@ -72,6 +81,9 @@ def main():
     with StopRequest() as stop:
         cfg = tiny_run.configuration(folder, *overrides)
         world = start("auto", 1, "cpu", cfg.trainer.rank_timeout)
+        Hanging.watch = world.watch
+        backend = _get_default_group()._get_backend(world.device)
+        assert backend.options._timeout == datetime.timedelta(seconds=cfg.trainer.rank_timeout)
         if job == "differ" and world.rank == 1:
             cfg.optim.lr = 0.5
         run = tiny_run.trainer(cfg, world, loader=LOADERS.get(job, tiny_run.Loader), stop=stop)

@@ -148,7 +148,7 @@ def test_a_killed_rank_ends_the_others_who_name_it(tmp_path, run_two, ranks):
 
 
 def test_a_rank_that_hangs_is_named_when_the_time_is_up(tmp_path, run_two):
-    codes, outputs = run_two(tmp_path, "hang", "trainer.rank_timeout=25", "trainer.max_steps=1000")
+    codes, outputs = run_two(tmp_path, "hang", "trainer.rank_timeout=200", "trainer.max_steps=1000")
     assert 0 not in codes, outputs
     assert "rank 1 is in step 3, its data for" in outputs[0] and "this rank, 0, is in step 3" in outputs[0]
 

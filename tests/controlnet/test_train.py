@@ -1,5 +1,6 @@
 """The training loop on one rank: arithmetic of a step, what is trained, precision, bad numbers, signals, reports."""
 
+import functools
 import json
 import signal
 import time
@@ -9,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cnkernels import cache, findings, machine
+from cnkernels import cache, findings, machine, tune
+from cnkernels.tune import first_call
 from controlnet import train
 from controlnet.config import ConfigError
 from controlnet.training import compiling
@@ -18,6 +20,13 @@ from controlnet.training.randomness import RandomStreams
 from controlnet.training.trainer import run_folder
 from tests.controlnet import tiny_run
 from tests.controlnet.tiny_run import rows
+
+# Both networks with one level, of every kind of block one: for what takes long.
+ONE_LEVEL = [
+    f"model.{part}.{key}=[1]"
+    for part in ("unet_config", "control_stage_config")
+    for key in ("channel_mult", "attention_resolutions")
+]
 
 
 def fit(folder, *overrides, **kwargs):
@@ -180,9 +189,10 @@ class TestVariants:
     def test_tune_measures_the_first_step_and_changes_nothing(self, tmp_path, monkeypatch):
         monkeypatch.setenv("CNKERNELS_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr("cnkernels.check.ensure", lambda ops, dtypes, device: [])  # has tests of its own
+        monkeypatch.setattr(first_call, "tune", functools.partial(tune.tune, rounds=1))
         findings.forget()
-        plain = fit(tmp_path / "plain", *tiny_run.LINEAR)
-        variant = fit(tmp_path / "variant", *tiny_run.LINEAR, "model.tune=True")
+        plain = fit(tmp_path / "plain", *tiny_run.LINEAR, *ONE_LEVEL)
+        variant = fit(tmp_path / "variant", *tiny_run.LINEAR, *ONE_LEVEL, "model.tune=True")
         tiny_run.assert_same_weights(plain, tiny_run.weights(variant))
         record = cache.read(machine.identity(torch.device("cpu")))
         monkeypatch.undo()
@@ -215,9 +225,7 @@ class TestVariants:
 
         monkeypatch.setattr(torch.nn.Module, "compile", compile_without_inductor)
         every = [f"trainer.{key}_every_n_steps=3" for key in ("log", "control_sensitivity")]
-        one_level = [f"model.{part}.{key}=[1]" for part in ("unet_config", "control_stage_config")
-                     for key in ("channel_mult", "attention_resolutions")]  # fmt: skip
-        options = [*tiny_run.LINEAR, *every, *one_level, "data.train.buckets.sizes=['16, 16', '16, 24']"]
+        options = [*tiny_run.LINEAR, *every, *ONE_LEVEL, "data.train.buckets.sizes=['16, 16', '16, 24']"]
         plain = fit(tmp_path / "plain", *options, loader=Wide)
         handed_out.clear()
         variant = fit(tmp_path / "variant", *options, "model.inductor=True", loader=Wide)

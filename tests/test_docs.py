@@ -93,6 +93,13 @@ def test_examples_run(example, tmp_path):
     assert done.stdout
 
 
+def test_the_scheme_of_the_network_is_what_its_script_draws():
+    script = runpy.run_path(str(ROOT / "docs" / "images" / "network.py"))
+    for name, theme in script["THEMES"].items():
+        drawn = (ROOT / "docs" / "images" / f"network-{name}.svg").read_text(encoding="utf-8")
+        assert drawn == script["draw"](theme), "python docs/images/network.py"
+
+
 def snippets(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn import functional as F
@@ -67,21 +67,30 @@ def picture(image: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()))
 
 
-def grid(rows: Mapping[str, Tensor] | Sequence[tuple[str, Tensor]]) -> Image.Image:
+def grid(
+    rows: Mapping[str, Tensor] | Sequence[tuple[str, Tensor]],
+    *,
+    label_height: int = LABEL_HEIGHT,
+    ink: str = "black",
+    background: str = "white",
+) -> Image.Image:
     """One picture with a labelled row of images for each entry.
 
     Args:
         rows: (label, uint8 [N, 3, H, W]) of each row, or a mapping of them; rows may differ in N and size.
+        label_height: pixels of the strip with the label above each row.
+        ink: colour of the labels.
+        background: colour between the images.
     """
     rows = list(rows.items() if isinstance(rows, Mapping) else rows)
-    height = sum(row.shape[2] + LABEL_HEIGHT + MARGIN for _, row in rows) + MARGIN
+    height = sum(row.shape[2] + label_height + MARGIN for _, row in rows) + MARGIN
     width = max(row.shape[0] * (row.shape[3] + MARGIN) for _, row in rows) + MARGIN
-    canvas = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(canvas)
+    canvas = Image.new("RGB", (width, height), background)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(label_height - 4)  # Pillow's own
     top = MARGIN
     for label, row in rows:
-        draw.text((MARGIN, top), label.encode("ascii", "replace").decode(), fill="black")  # Pillow's own font
-        top += LABEL_HEIGHT
+        draw.text((MARGIN, top), label.encode("ascii", "replace").decode(), fill=ink, font=font)
+        top += label_height
         for i, image in enumerate(row):
             canvas.paste(picture(image), (MARGIN + i * (row.shape[3] + MARGIN), top))
         top += row.shape[2] + MARGIN

@@ -3,21 +3,26 @@
 import math
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT = 640, 360
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 32, 40
+LEFT, RIGHT, TOP, BOTTOM = 84, 24, 44, 44
+TEXT_SIZE = 20  # still readable where a phone shows the picture at half its size
 
 
-def loss_curve(steps: Sequence[int], losses: Sequence[float]) -> Image.Image:
+def loss_curve(
+    steps: Sequence[int], losses: Sequence[float], *, ink: str = "black", background: str = "white"
+) -> Image.Image:
     """Loss over step on a logarithmic axis: each value as reported, and their running mean in red.
 
     Args:
         steps: of the optimizer, rising.
         losses: positive, one for each step.
+        ink: colour of axes and text.
+        background: colour of the picture.
     """
-    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    draw = ImageDraw.Draw(picture)
+    picture = Image.new("RGB", (WIDTH, HEIGHT), background)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(TEXT_SIZE)
     low, high = math.log10(min(losses)), math.log10(max(losses))
     margin = 0.05 * (high - low) or 0.1
     low, high = low - margin, high + margin
@@ -28,13 +33,13 @@ def loss_curve(steps: Sequence[int], losses: Sequence[float]) -> Image.Image:
     def y(loss: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (high - math.log10(loss)) / (high - low)
 
-    draw.text((LEFT, 10), "training loss, by optimizer step", fill="black")
+    draw.text((LEFT, 10), "training loss, by optimizer step", fill=ink, font=font)
     for i in range(5):
         loss, step = 10 ** (low + (high - low) * i / 4), steps[-1] * i / 4
-        draw.line((LEFT, y(loss), WIDTH - RIGHT, y(loss)), fill="lightgray")
-        draw.text((8, y(loss) - 6), f"{loss:.3g}", fill="black")
-        draw.text((x(step) - 10, HEIGHT - BOTTOM + 8), f"{step:.0f}", fill="black")
-    draw.line((LEFT, TOP, LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM), fill="black")
+        draw.line((LEFT, y(loss), WIDTH - RIGHT, y(loss)), fill="gray")
+        draw.text((LEFT - 8, y(loss)), f"{loss:.3g}", fill=ink, font=font, anchor="rm")
+        draw.text((x(step), HEIGHT - BOTTOM + 8), f"{step:.0f}", fill=ink, font=font, anchor="mt")
+    draw.line((LEFT, TOP, LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM), fill=ink)
     means = [losses[0]]
     for loss in losses[1:]:
         means.append(0.8 * means[-1] + 0.2 * loss)

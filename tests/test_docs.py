@@ -25,13 +25,20 @@ def headings(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose) + re.findall(r'src(?:set)?="([^"]+)"', prose):
         if re.match(r"https?:", target):
             continue
         file, _, anchor = target.partition("#")
         destination = (page.parent / file).resolve() if file else page
         assert destination.exists(), f"{page.name}: {target}"
         assert not anchor or anchor in headings(destination), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tests_that_are_named_are_there(page):
+    for file, _, name in re.findall(r"`(tests/[\w/]+\.py)(::(\w+))?`", page.read_text()):
+        assert (ROOT / file).is_file(), f"{page.name}: {file}"
+        assert not name or f"def {name}(" in (ROOT / file).read_text(), f"{page.name}: {file}::{name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

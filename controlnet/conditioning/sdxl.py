@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from controlnet import checkpoints
-from controlnet.conditioning.text import CLIPTextEncoder, ClipTokens
+from controlnet.conditioning.text import CLIPTextEncoder, ClipTokens, to_device
 
 FIRST, SECOND = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
 
@@ -26,7 +26,7 @@ class ProjectedCLIP(CLIPTextEncoder):
 
     def forward(self, captions: Sequence[str] | Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """States [N, T, context_dim] of `layer_idx`, without norm, and the text's projected end [N, pooled_dim]."""
-        tokens = captions if isinstance(captions, Tensor) else self.tokenize(captions).to(self.encoder.device)
+        tokens = captions if isinstance(captions, Tensor) else to_device(self.tokenize(captions), self.encoder.device)
         output = self.encoder(input_ids=tokens, output_hidden_states=True)
         return output.hidden_states[self.layer], output.text_embeds
 
@@ -85,7 +85,7 @@ class TextEncoders(nn.Module):
 
     def forward(self, captions: Sequence[str] | Tensor) -> tuple[Tensor, Tensor]:
         """Context [N, T, context_dim] and pooled vector [N, pooled_dim] of captions, or of their tokens [N, 2, T]."""
-        tokens = captions if isinstance(captions, Tensor) else self.tokenize(captions).to(self._empty.device)
+        tokens = captions if isinstance(captions, Tensor) else to_device(self.tokenize(captions), self._empty.device)
         if tokens.dim() != 3 or tokens.shape[1] != 2:
             raise ValueError(f"tokens is {list(tokens.shape)}; expected [N, 2, T], of both tokenizers")
         states = self.first(tokens[:, 0])

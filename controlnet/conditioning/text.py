@@ -16,6 +16,9 @@ from controlnet.config import dtype
 class CLIPTextEncoder(nn.Module):
     """The CLIP text encoder of Stable Diffusion, by transformers; read from local files only.
 
+    Its attention is causal, which `cnkernels.attention` does not serve. It is PyTorch's scaled_dot_product_attention in
+    `precision`, with the causal flag and no mask in memory. For ViT-L/14 it is 0.22 of 13.3 GFLOP of a caption.
+
     Args:
         version: a folder with a CLIP text model and its tokenizer, or a pipeline folder with `text_encoder` and
             `tokenizer`; or the name of a model that transformers has in its local cache.
@@ -56,7 +59,8 @@ class CLIPTextEncoder(nn.Module):
             model, tokenizer = (Path(version) / name for name in self.subfolders)
         try:
             words = transformers.CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True)
-            self.encoder = getattr(transformers, self.model_class).from_pretrained(model, local_files_only=True)
+            architecture = getattr(transformers, self.model_class)
+            self.encoder = architecture.from_pretrained(model, local_files_only=True, attn_implementation="sdpa")
         except OSError as error:
             raise FileNotFoundError(
                 f"no CLIP text encoder at {version!r}: expected a folder with config.json, weights and tokenizer files,"

@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from controlnet.training.distributed import RankError, StopRequest, start
 from controlnet.training.run import check_ranks
 from tests.controlnet import tiny_run
+from tests.controlnet.waiting import begun, waits
 
 
 class Poisoned(tiny_run.Loader):
@@ -90,6 +91,11 @@ def main():
         check_ranks(world, cfg, run.model)
         if job == "signal rank 1" and world.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        if job == "waits":
+            result = {"waits": waits(begun(run), 3), "step": run.step + run._settle()}
+            torch.save(result, f"{folder}/result-rank{world.rank}.pt")
+            world.close()
+            return
         try:
             stopped = run.fit()
         except RankError as error:

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTokenizer
 
 from controlnet.checkpoints import CheckpointError
@@ -77,6 +78,31 @@ def test_each_stage_has_the_precision_asked_for_and_answers_in_float32(tmp_path,
         assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
     latents = conditioning.latents(images(1, 3, 8, 8))
     assert latents.dtype == conditioning.images(latents).dtype == conditioning.context(["a"]).dtype == torch.float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_text_encoder_s_attention_is_one_causal_operation(tmp_path, precision):
+    """PyTorch's own in the stage's precision, with no mask or scores in memory; a word changes those after it alone."""
+    tiny.clip_folder(tmp_path)
+    text = CLIPTextEncoder(str(tmp_path), max_length=8, precision=precision)
+    called = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append((function.name(), args, kwargs or {}))
+            return function(*args, **(kwargs or {}))
+
+    with Calls():
+        states = text(text.tokenize(["a cat"]))
+    attention = [(args, kwargs) for name, args, kwargs in called if "scaled_dot_product" in name]
+    assert len(attention) == text.encoder.config.num_hidden_layers
+    for args, kwargs in attention:
+        assert args[0].dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        assert True in args[3:] and kwargs.get("attn_mask") is None  # is_causal
+    assert not any("softmax" in name or name.startswith(("aten::bmm", "aten::baddbmm")) for name, _, _ in called)
+    other = text(text.tokenize(["a bat"]))
+    assert torch.equal(states[:, :2], other[:, :2]) and not torch.equal(states[:, 2:], other[:, 2:])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -187,6 +187,16 @@ def test_gradients_have_the_strides_of_ddps_buckets(tmp_path, run_two):
     assert not any("strides do not match" in output for output in outputs), outputs
 
 
+@pytest.mark.parametrize("zero", [False, True])
+def test_no_rank_waits_in_an_ordinary_step(tmp_path, run_two, zero):
+    """DDP, micro-batches that keep their gradients, bf16, ZeRO-1 and the ranks' agreement on each step."""
+    options = ["trainer.max_steps=100", "trainer.log_every_n_steps=100", f"optim.zero={zero}"]
+    options += ["trainer.precision=bf16", "trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=1"]
+    codes, outputs = run_two(tmp_path, "waits", *options)
+    assert codes == [0, 0], outputs
+    assert results(tmp_path) == [{"waits": [], "step": 4}] * 2
+
+
 def test_both_ranks_draw_the_grid(tmp_path, run_two):
     options = ["model.image_logger.max_images=3", "model.image_logger.batch_frequency=2", "trainer.max_steps=2"]
     codes, outputs = run_two(tmp_path, "train", *options)

@@ -1,73 +1,18 @@
 """An ordinary training step hands all its work to the device and waits for none of it."""
 
-import sys
-
 import pytest
 import torch
-from torch.nn.utils import clip_grad
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from omegaconf import OmegaConf
 
 from controlnet.training.distributed import World
-from controlnet.training.metrics import Reporter
-from tests.controlnet import tiny_run
-
-# What reads a tensor's values on the host.
-READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero", "is_nonzero")
-MAKERS = (torch.tensor, torch.as_tensor)
-
-
-class Reads(TorchFunctionMode):
-    """Calls that read values on the host, and copies to a device that are waited for."""
-
-    def __init__(self):
-        self.found = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = getattr(function, "__name__", "")
-        if name in READS:
-            self.found.append(name)
-        to_device = name == "to" and any(isinstance(each, torch.device) for each in (*args, kwargs.get("device")))
-        # PyTorch's clipping says where to put norms that are there already; on a CPU this looks like any other copy.
-        already_there = sys._getframe(1).f_code.co_filename == clip_grad.__file__
-        if to_device and not already_there and kwargs.get("non_blocking") is not True:
-            self.found.append("a blocking copy by Tensor.to")
-        if function in MAKERS and kwargs.get("device") is not None:
-            self.found.append("a copy of Python numbers")
-        return function(*args, **kwargs)
-
-
-class Operations(TorchDispatchMode):
-    """Operations that read a value on the host, whoever called them; sizes that depend on values among them."""
-
-    NAMES = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero")
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.name().split(".")[0] in self.NAMES:
-            self.found.append(function.name())
-        return function(*args, **(kwargs or {}))
+from controlnet.training.encoding import encode
+from tests.controlnet import tiny_run, tiny_sdxl
+from tests.controlnet.waiting import begun, waits
 
 
 def started(folder, *overrides, world=None):
-    """A run in the middle of `fit`, one step done, and its steps' waits."""
-    run = tiny_run.trainer(tiny_run.configuration(folder, "trainer.max_steps=100", *overrides), world)
-    run.resume()
-    run._batches = run._endless_batches()
-    run.reporter = Reporter(folder, run.world, run.cfg, 0, 0)
-    run._advance()
-    return run
-
-
-def waits(run, steps):
-    with Reads() as reads, Operations() as operations:
-        for _ in range(steps):
-            run._advance()
-    return reads.found + operations.found
+    """A run in the middle of `fit`, one step done."""
+    return begun(tiny_run.trainer(tiny_run.configuration(folder, "trainer.max_steps=100", *overrides), world))
 
 
 OPTIONS = {
@@ -87,6 +32,27 @@ def test_no_wait_in_an_ordinary_step(tmp_path, overrides):
     run = started(tmp_path, "trainer.log_every_n_steps=100", *overrides)
     assert waits(run, 3) == []
     assert run._settle() and run.step == 4
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return tiny_sdxl.pipeline(tmp_path_factory.mktemp("sdxl") / "pipeline")
+
+
+@pytest.mark.parametrize("captions", ["images", "tokens", "states"])
+def test_no_wait_in_a_step_of_stable_diffusion_xl(pipeline, tmp_path, captions):
+    """On images and on encoded shards, in bf16, with two text encoders, pooled vectors and time ids."""
+    ordinary = [f"trainer.{name}=100" for name in ("log_every_n_steps", "max_steps")]
+    ordinary += ["model.image_logger.max_images=0", "trainer.precision=bf16"]
+    ordinary += ["model.offset_noise=0.1", "model.min_snr_gamma=5", "trainer.accumulate_grad_batches=2"]
+    cfg = tiny_sdxl.configuration(pipeline, tmp_path, *ordinary, "model.global_batch_size=4")
+    if captions != "images":
+        OmegaConf.save(cfg, tmp_path / "config.yaml")
+        encode(tmp_path / "config.yaml", tmp_path / "encoded", states=captions == "states")
+        cfg.data.train.dataset_path = [str(path) for path in (tmp_path / "encoded").glob("*.tar")]
+    run = begun(tiny_sdxl.trainer(cfg))
+    assert waits(run, 3) == []
+    assert run._settle() and run.step == 4 and ("images" in run._latest[0]) == (captions == "images")
 
 
 def test_a_logged_step_does_wait(tmp_path):

@@ -7,26 +7,32 @@ import triton
 import triton.language as tl
 
 from cnkernels.group_norm_silu.triton_common import (
-    ROWS_FORWARD,
-    RUNTIME_OF_ROWS,
-    RUNTIME_OF_SPANS,
-    SPANS,
     activate,
-    cut_rows,
-    cut_spans,
-    elementwise_columns,
-    fits,
-    fold,
-    groups_block,
     inverse_deviation,
+    load_addend,
     load_channels,
     members,
     merge_moments,
-    partials_block,
     row_tile,
-    rows_elements,
+    runs_of,
     span_of,
-    spread,
+    sum_by_group,
+    to_channels,
+)
+from cnkernels.group_norm_silu.triton_cuts import (
+    MAX_HELD,
+    MAX_HELD_SPAN,
+    ROW_FORWARD,
+    RUN_TILE,
+    RUNTIME_OF_ROWS,
+    RUNTIME_OF_SPANS,
+    columns_of_elements,
+    cut_runs,
+    cut_spans,
+    fits,
+    groups_block,
+    held_rows,
+    partials_block,
     warps_for,
 )
 from cnkernels.launch import Launch
@@ -37,15 +43,17 @@ def _group_norm_silu_rows_fused_fwd_kernel(
     x_ptr,  # [N, G, D, S]
     weight_ptr,  # [C] or None
     bias_ptr,  # [C] or None
-    addend_ptr,  # [N, C] or None
+    addend_ptr,  # [N, C], read if has_addend
     y_ptr,  # [N, G, D, S]
     mean_ptr,  # [N, G]
     rstd_ptr,  # [N, G]
     eps,
+    has_addend,
     spatial,  # S
     groups,  # G
     group_channels,  # D
     segments,
+    segment_inverse,
     TILES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -58,22 +66,29 @@ def _group_norm_silu_rows_fused_fwd_kernel(
     count = tl.cast(group_channels, tl.float32) * spatial
     base = index * group_channels * spatial
 
+    places = ()
     tiles = ()
+    addends = ()
     sums = tl.zeros([BLOCK_R, BLOCK_W], tl.float32)
+    sums_of_addend = tl.zeros([BLOCK_R], tl.float32)
     for tile in tl.static_range(TILES):
-        start, offsets, mask, channel = row_tile(tile * BLOCK_R, rows, spatial, segments, BLOCK_R, BLOCK_W, WHOLE_ROWS)
-        addend = load_channels(addend_ptr, index * group_channels + channel, channel < group_channels, 0.0)
-        x = tl.load(x_ptr + base + start + offsets, mask=mask, other=0.0).to(tl.float32) + addend[:, None]
-        tiles = tiles + (x,)
-        sums += tl.where(mask, x, 0.0)
-    rough = tl.sum(sums) / count
+        offsets, mask, channel, length = row_tile(
+            tile * BLOCK_R, rows, spatial, segments, segment_inverse, BLOCK_R, BLOCK_W, WHOLE_ROWS
+        )
+        addend = load_addend(addend_ptr, index * group_channels + channel, channel < group_channels, has_addend)
+        tiles = tiles + (tl.load(x_ptr + base + offsets, mask=mask, other=0.0),)
+        places = places + ((offsets, mask, channel),)
+        addends = addends + (addend,)
+        sums_of_addend += addend * length
+        sums += tiles[tile].to(tl.float32)
+    rough = (tl.sum(sums) + tl.sum(sums_of_addend)) / count
 
     deviations = ()
     sums = tl.zeros([BLOCK_R, BLOCK_W], tl.float32)
     squares = tl.zeros([BLOCK_R, BLOCK_W], tl.float32)
     for tile in tl.static_range(TILES):
-        _, _, mask, _ = row_tile(tile * BLOCK_R, rows, spatial, segments, BLOCK_R, BLOCK_W, WHOLE_ROWS)
-        deviation = tl.where(mask, tiles[tile] - rough, 0.0)
+        shift = rough - addends[tile]
+        deviation = tl.where(places[tile][1], tiles[tile].to(tl.float32) - shift[:, None], 0.0)
         deviations = deviations + (deviation,)
         sums += deviation
         squares = tl.fma(deviation, deviation, squares)
@@ -83,13 +98,13 @@ def _group_norm_silu_rows_fused_fwd_kernel(
     tl.store(rstd_ptr + index, rstd)
 
     for tile in tl.static_range(TILES):
-        start, offsets, mask, channel = row_tile(tile * BLOCK_R, rows, spatial, segments, BLOCK_R, BLOCK_W, WHOLE_ROWS)
+        offsets, mask, channel = places[tile]
         real = channel < group_channels
         parameter = (index % groups) * group_channels + channel
         scale = rstd * load_channels(weight_ptr, parameter, real, 1.0)
         bias = load_channels(bias_ptr, parameter, real, 0.0) - rest * scale
         y = activate(tl.fma(deviations[tile], scale[:, None], bias[:, None]), SILU, y_ptr.dtype.element_ty)
-        tl.store(y_ptr + base + start + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + base + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME_OF_SPANS)
@@ -102,6 +117,7 @@ def _group_norm_silu_spans_fused_fwd_kernel(
     mean_ptr,
     rstd_ptr,
     eps,
+    has_addend,
     spatial,
     channels,
     groups,
@@ -123,18 +139,18 @@ def _group_norm_silu_spans_fused_fwd_kernel(
     mask = (position < spatial)[:, None] & real[None, :]
     offsets = position[:, None] * channels + channel[None, :]
     base = n * spatial * channels
-    addend = load_channels(addend_ptr, n * channels + channel, real, 0.0)
+    addend = load_addend(addend_ptr, n * channels + channel, real, has_addend)
     x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32) + addend[None, :]
 
     count = tl.cast(group_channels, tl.float32) * spatial
-    rough = fold(tl.sum(tl.where(mask, x, 0.0), axis=0), member) / count  # [G]
-    deviation = tl.where(mask, x - spread(rough, member)[None, :], 0.0)
-    rest = fold(tl.sum(deviation, axis=0), member) / count
-    m2 = fold(tl.sum(deviation * deviation, axis=0), member) - rest * rest * count
+    rough = sum_by_group(tl.sum(tl.where(mask, x, 0.0), axis=0), member) / count  # [G]
+    deviation = tl.where(mask, x - to_channels(rough, member)[None, :], 0.0)
+    rest = sum_by_group(tl.sum(deviation, axis=0), member) / count
+    m2 = sum_by_group(tl.sum(deviation * deviation, axis=0), member) - rest * rest * count
     rstd = inverse_deviation(m2, count, eps)
 
-    scale = spread(rstd, member) * load_channels(weight_ptr, channel, real, 1.0)
-    bias = load_channels(bias_ptr, channel, real, 0.0) - spread(rest, member) * scale
+    scale = to_channels(rstd, member) * load_channels(weight_ptr, channel, real, 1.0)
+    bias = load_channels(bias_ptr, channel, real, 0.0) - to_channels(rest, member) * scale
     y = activate(tl.fma(deviation, scale[None, :], bias[None, :]), SILU, y_ptr.dtype.element_ty)
     tl.store(y_ptr + base + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
     group = first_group + tl.arange(0, BLOCK_G)
@@ -146,90 +162,52 @@ def _group_norm_silu_spans_fused_fwd_kernel(
 @triton.jit(do_not_specialize=RUNTIME_OF_ROWS)
 def _group_norm_silu_rows_stats_kernel(
     x_ptr,  # [N, G, D, S]
-    addend_ptr,
-    partial_ptr,  # [3, N * G, chunks]: count, mean, sum of squared deviations
-    plane,  # N * G * chunks
+    addend_ptr,  # [N, C], read if has_addend
+    partial_ptr,  # [3, N * G, programs]: count, mean, sum of squared deviations
+    stride_moment,
+    has_addend,
     spatial,
     group_channels,
-    segments,
-    chunk_rows,
-    chunks,
+    runs,
+    run_tiles,
+    programs,
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
-    WHOLE_ROWS: tl.constexpr,
 ):
-    """Moments of one chunk of a group, about the mean of its first tile.
+    """Moments of BLOCK_R runs, each about the mean of its first tile, merged.
 
     The mean of 1 / T of the values is at most sqrt(T - 1) deviations from the mean of all, so taking the squares about
-    it instead costs at most log2(T) bits: there is no input for which they cancel, as they do about zero.
+    it instead costs at most log2(T) bits: there is no input for which they cancel, as they do about zero. The addend
+    is one number to a run: it moves the mean, and no deviation.
     """
-    chunk = tl.program_id(0) % chunks
-    index = (tl.program_id(0) // chunks).to(tl.int64)
-    first = chunk * chunk_rows
-    end = tl.minimum(first + chunk_rows, group_channels * segments)
-    base = x_ptr + index * group_channels * spatial
+    program = tl.program_id(0) % programs
+    index = (tl.program_id(0) // programs).to(tl.int64)
+    channel, _, offset, left, real = runs_of(program, runs, run_tiles, group_channels, spatial, BLOCK_R, BLOCK_W)
+    column = tl.arange(0, BLOCK_W)
+    pointers = x_ptr + (index * group_channels * spatial + offset)[:, None] + column[None, :]
+    length = tl.where(real, tl.minimum(left, run_tiles * BLOCK_W), 0)  # [R]
 
-    x, mask = _load_rows(
-        base,
-        addend_ptr,
-        index * group_channels,
-        first,
-        end,
-        spatial,
-        group_channels,
-        segments,
-        BLOCK_R,
-        BLOCK_W,
-        WHOLE_ROWS,
-    )
-    in_tile = rows_elements(first, tl.minimum(first + BLOCK_R, end), spatial, segments, BLOCK_W)
-    shift = tl.sum(tl.where(mask, x, 0.0)) / in_tile
-    sums = tl.where(mask, x - shift, 0.0)
+    mask = real[:, None] & (column[None, :] < left[:, None])
+    x = tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    shift = tl.sum(tl.where(mask, x, 0.0), axis=1) / tl.maximum(tl.minimum(length, BLOCK_W), 1)
+    sums = tl.where(mask, x - shift[:, None], 0.0)
     squares = sums * sums
-    for row in range(first + BLOCK_R, end, BLOCK_R):
-        x, mask = _load_rows(
-            base,
-            addend_ptr,
-            index * group_channels,
-            row,
-            end,
-            spatial,
-            group_channels,
-            segments,
-            BLOCK_R,
-            BLOCK_W,
-            WHOLE_ROWS,
-        )
-        deviation = tl.where(mask, x - shift, 0.0)
+    for tile in range(1, run_tiles):
+        start = tile * BLOCK_W
+        mask = real[:, None] & ((start + column)[None, :] < left[:, None])
+        x = tl.load(pointers + start, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        deviation = tl.where(mask, x - shift[:, None], 0.0)
         sums += deviation
         squares = tl.fma(deviation, deviation, squares)
-    count = rows_elements(first, end, spatial, segments, BLOCK_W).to(tl.float32)
-    rest = tl.sum(sums) / count
-    target = partial_ptr + index * chunks + chunk
+    count = length.to(tl.float32)
+    rest = tl.sum(sums, axis=1) / tl.maximum(count, 1.0)
+    m2 = tl.sum(squares, axis=1) - rest * rest * count
+    mean = shift + rest + load_addend(addend_ptr, index * group_channels + channel, real, has_addend)
+    count, mean, m2 = merge_moments(count, mean, m2, 0)
+    target = partial_ptr + index * programs + program
     tl.store(target, count)
-    tl.store(target + plane, shift + rest)
-    tl.store(target + 2 * plane, tl.sum(squares) - rest * rest * count)
-
-
-@triton.jit
-def _load_rows(
-    base,
-    addend_ptr,
-    parameter,
-    row,
-    end,
-    spatial,
-    group_channels,
-    segments,
-    BLOCK_R: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    WHOLE_ROWS: tl.constexpr,
-):
-    """A tile of x + addend as float32, and its mask. Kept in L2 as long as may be: the second pass reads it again."""
-    start, offsets, mask, channel = row_tile(row, end, spatial, segments, BLOCK_R, BLOCK_W, WHOLE_ROWS)
-    addend = load_channels(addend_ptr, parameter + channel, channel < group_channels, 0.0)
-    x = tl.load(base + start + offsets, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    return x + addend[:, None], mask
+    tl.store(target + stride_moment, mean)
+    tl.store(target + 2 * stride_moment, m2)
 
 
 @triton.jit(do_not_specialize=RUNTIME_OF_ROWS)
@@ -243,52 +221,52 @@ def _group_norm_silu_rows_apply_kernel(
     mean_ptr,
     rstd_ptr,
     eps,
-    plane,
+    stride_moment,
+    has_addend,
     spatial,
     groups,
     group_channels,
-    segments,
-    chunk_rows,
-    chunks,
+    runs,
+    run_tiles,
+    programs,
     partials,
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    WHOLE_ROWS: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """Merges its group's partials, then normalises one chunk. Last chunk first: it is what L2 still holds."""
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
-    chunk = program % chunks
-    index = (program // chunks).to(tl.int64)
+    """Merges its group's partials, then normalises BLOCK_R runs. Last program first: it is what L2 still holds."""
+    from_last = tl.num_programs(0) - 1 - tl.program_id(0)
+    program = from_last % programs
+    index = (from_last // programs).to(tl.int64)
     part = tl.arange(0, BLOCK_P)
-    count, mean, m2 = _load_moments(partial_ptr + index * partials + part, plane, part < partials)
+    count, mean, m2 = _load_moments(partial_ptr + index * partials + part, stride_moment, part < partials)
     count, mean, m2 = merge_moments(count, mean, m2, 0)
     rstd = inverse_deviation(m2, count, eps)
-    if chunk == 0:
+    if program == 0:
         tl.store(mean_ptr + index, mean)
         tl.store(rstd_ptr + index, rstd)
 
-    first = chunk * chunk_rows
-    end = tl.minimum(first + chunk_rows, group_channels * segments)
-    base = index * group_channels * spatial
-    for row in range(first, end, BLOCK_R):
-        start, offsets, mask, channel = row_tile(row, end, spatial, segments, BLOCK_R, BLOCK_W, WHOLE_ROWS)
-        real = channel < group_channels
-        parameter = (index % groups) * group_channels + channel
-        scale = rstd * load_channels(weight_ptr, parameter, real, 1.0)
-        bias = load_channels(bias_ptr, parameter, real, 0.0)
-        shift = mean - load_channels(addend_ptr, index * group_channels + channel, real, 0.0)
-        x = tl.load(x_ptr + base + start + offsets, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    channel, _, offset, left, real = runs_of(program, runs, run_tiles, group_channels, spatial, BLOCK_R, BLOCK_W)
+    parameter = (index % groups) * group_channels + channel
+    scale = rstd * load_channels(weight_ptr, parameter, real, 1.0)
+    bias = load_channels(bias_ptr, parameter, real, 0.0)
+    shift = mean - load_addend(addend_ptr, index * group_channels + channel, real, has_addend)
+    column = tl.arange(0, BLOCK_W)
+    offsets = (index * group_channels * spatial + offset)[:, None] + column[None, :]
+    for tile in range(run_tiles):
+        start = tile * BLOCK_W
+        mask = real[:, None] & ((start + column)[None, :] < left[:, None])
+        x = tl.load(x_ptr + offsets + start, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         y = activate(tl.fma(x - shift[:, None], scale[:, None], bias[:, None]), SILU, y_ptr.dtype.element_ty)
-        tl.store(y_ptr + base + start + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + offsets + start, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _load_moments(pointers, plane, mask):
+def _load_moments(pointers, stride_moment, mask):
     count = tl.load(pointers, mask=mask, other=0.0)
-    mean = tl.load(pointers + plane, mask=mask, other=0.0)
-    return count, mean, tl.load(pointers + 2 * plane, mask=mask, other=0.0)
+    mean = tl.load(pointers + stride_moment, mask=mask, other=0.0)
+    return count, mean, tl.load(pointers + 2 * stride_moment, mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=RUNTIME_OF_SPANS)
@@ -296,7 +274,8 @@ def _group_norm_silu_spans_stats_kernel(
     x_ptr,  # [N, S, C]
     addend_ptr,
     partial_ptr,  # [3, N * G, chunks * SPLITS]
-    plane,
+    stride_moment,
+    has_addend,
     spatial,
     channels,
     groups,
@@ -316,7 +295,7 @@ def _group_norm_silu_spans_stats_kernel(
     chunk = tl.program_id(0) // columns % chunks
     n = (tl.program_id(0) // columns // chunks).to(tl.int64)
     first_group, channel, real = span_of(column, channels, group_channels, span_groups, span, SPLITS, BLOCK_C)
-    addend = load_channels(addend_ptr, n * channels + channel, real, 0.0)[None, :]
+    addend = load_addend(addend_ptr, n * channels + channel, real, has_addend)[None, :]
     row = chunk * chunk_rows
     rows = tl.minimum(chunk_rows, spatial - row)
     base = x_ptr + (n * spatial + row) * channels
@@ -348,8 +327,8 @@ def _group_norm_silu_spans_stats_kernel(
     owned = (tl.arange(0, BLOCK_G) < span_groups) & (group < groups)
     target = partial_ptr + (n * groups + group) * (chunks * SPLITS) + chunk * SPLITS + column % SPLITS
     tl.store(target, count, mask=owned)
-    tl.store(target + plane, mean, mask=owned)
-    tl.store(target + 2 * plane, m2, mask=owned)
+    tl.store(target + stride_moment, mean, mask=owned)
+    tl.store(target + 2 * stride_moment, m2, mask=owned)
 
 
 @triton.jit(do_not_specialize=RUNTIME_OF_SPANS)
@@ -363,7 +342,8 @@ def _group_norm_silu_spans_apply_kernel(
     mean_ptr,
     rstd_ptr,
     eps,
-    plane,
+    stride_moment,
+    has_addend,
     spatial,
     channels,
     groups,
@@ -391,7 +371,7 @@ def _group_norm_silu_spans_apply_kernel(
     part = tl.arange(0, BLOCK_P)
     pointers = partial_ptr + (n * groups + group)[:, None] * partials + part[None, :]
     there = (group < groups) & (tl.arange(0, BLOCK_G) < touched)
-    count, mean, m2 = _load_moments(pointers, plane, there[:, None] & (part < partials)[None, :])
+    count, mean, m2 = _load_moments(pointers, stride_moment, there[:, None] & (part < partials)[None, :])
     count, mean, m2 = merge_moments(count, mean, m2, 1)
     rstd = inverse_deviation(m2, tl.maximum(count, 1.0), eps)
     if chunk == 0:  # a group belongs to the program that has its first channel
@@ -401,9 +381,9 @@ def _group_norm_silu_spans_apply_kernel(
         tl.store(rstd_ptr + n * groups + group, rstd, mask=owned)
 
     member = members(channel, real, first_group, group_channels, BLOCK_G)
-    scale = spread(rstd, member) * load_channels(weight_ptr, channel, real, 1.0)
+    scale = to_channels(rstd, member) * load_channels(weight_ptr, channel, real, 1.0)
     bias = load_channels(bias_ptr, channel, real, 0.0)
-    shift = spread(mean, member) - load_channels(addend_ptr, n * channels + channel, real, 0.0)
+    shift = to_channels(mean, member) - load_addend(addend_ptr, n * channels + channel, real, has_addend)
     row = chunk * chunk_rows
     rows = tl.minimum(chunk_rows, spatial - row)
     base = (n * spatial + row) * channels
@@ -418,49 +398,48 @@ def _group_norm_silu_spans_apply_kernel(
 
 
 def forward_launches(
-    batch: int, channels: int, spatial: int, groups: int, itemsize: int, channels_last: bool, silu: bool
+    batch: int, channels: int, spatial: int, groups: int, itemsize: int, channels_last: bool, silu: bool, addend: bool
 ) -> tuple[tuple[Launch, ...], int]:
     """The launches of one forward call, in order, and how many partials a group has between them (0: one launch)."""
+    sizes = {"spatial": spatial, "group_channels": channels // groups, "has_addend": int(addend)}
     if channels_last:
-        return _spans_launches(batch, channels, spatial, groups, itemsize, silu)
-    return _rows_launches(batch, channels, spatial, groups, silu)
+        return _spans_launches(batch, channels, spatial, groups, itemsize, silu, sizes)
+    return _rows_launches(batch, channels, spatial, groups, silu, sizes)
 
 
-def _rows_launches(batch, channels, spatial, groups, silu):
-    cut = cut_rows(batch, channels, spatial, groups)
-    sizes = {"spatial": spatial, "group_channels": channels // groups}
-    tile = {"segments": cut.segments, "BLOCK_W": cut.width, "WHOLE_ROWS": spatial % cut.width == 0}
-    if fits(cut.elements, batch * groups, ROWS_FORWARD):
-        block = {"groups": groups, "TILES": cut.tiles, "BLOCK_R": cut.tile, "SILU": silu}
-        warps = warps_for(cut.elements)
-        return (Launch(_group_norm_silu_rows_fused_fwd_kernel, (batch * groups,), sizes | tile | block, warps),), 0
-    stats = sizes | tile | {"plane": batch * groups * cut.chunks, "BLOCK_R": cut.block}
-    stats |= {"chunk_rows": cut.chunk, "chunks": cut.chunks}
-    finer = cut_rows(batch, channels, spatial, groups, finer=2)
-    apply = stats | {"groups": groups, "partials": cut.chunks, "chunk_rows": finer.chunk, "chunks": finer.chunks}
-    apply |= {"BLOCK_P": partials_block(cut.chunks), "SILU": silu}
+def _rows_launches(batch, channels, spatial, groups, silu, sizes):
+    held = held_rows(ROW_FORWARD, channels, spatial, groups, MAX_HELD)
+    if held is not None:
+        rows, warps = held
+        sizes |= rows | {"groups": groups, "SILU": silu}
+        return (Launch(_group_norm_silu_rows_fused_fwd_kernel, (batch * groups,), sizes, warps, maxnreg=80),), 0
+    cut = cut_runs(batch, channels, spatial, groups, 16, merged=True)
+    partials = cut.programs
+    sizes |= {"stride_moment": batch * groups * partials, "BLOCK_W": RUN_TILE}
+    apply = {"groups": groups, "partials": partials, "BLOCK_P": partials_block(partials), "SILU": silu}
+    finer = cut_runs(batch, channels, spatial, groups, 16, merged=False)
     return (
-        Launch(_group_norm_silu_rows_stats_kernel, (batch * groups * cut.chunks,), stats, 8),
-        Launch(_group_norm_silu_rows_apply_kernel, (batch * groups * finer.chunks,), apply, 8),
-    ), cut.chunks
+        Launch(_group_norm_silu_rows_stats_kernel, (batch * groups * partials,), sizes | cut.sizes, 8),
+        Launch(_group_norm_silu_rows_apply_kernel, (batch * groups * finer.programs,), sizes | apply | finer.sizes, 8),
+    ), partials
 
 
-def _spans_launches(batch, channels, spatial, groups, itemsize, silu):
+def _spans_launches(batch, channels, spatial, groups, itemsize, silu, sizes):
     cut = cut_spans(batch, channels, spatial, groups, itemsize)
-    sizes = {"spatial": spatial, "channels": channels, "groups": groups, "group_channels": channels // groups}
+    sizes |= {"channels": channels, "groups": groups}
     span = {"columns": cut.columns, "span_groups": cut.groups, "span": cut.groups * (channels // groups)}
     span |= {"BLOCK_C": cut.width, "BLOCK_G": groups_block(cut.groups)}
     held = triton.next_power_of_2(spatial) * cut.width
-    if cut.splits == 1 and fits(held, batch * cut.columns, SPANS):
+    if cut.splits == 1 and fits(held, batch * cut.columns, MAX_HELD_SPAN):
         block = {"BLOCK_R": triton.next_power_of_2(spatial), "SILU": silu}
         return (
             Launch(
                 _group_norm_silu_spans_fused_fwd_kernel, (batch * cut.columns,), sizes | span | block, warps_for(held)
             ),
         ), 0
-    sizes["plane"] = batch * groups * cut.partials
+    sizes["stride_moment"] = batch * groups * cut.partials
     stats = {"SPLITS": cut.splits, "chunk_rows": cut.chunk, "chunks": cut.chunks, "BLOCK_R": cut.block}
-    apply = elementwise_columns(batch, channels, spatial, groups)
+    apply = columns_of_elements(batch, channels, spatial, groups)
     apply |= {"partials": cut.partials, "BLOCK_P": partials_block(cut.partials), "SILU": silu}
     return (
         Launch(_group_norm_silu_spans_stats_kernel, (batch * cut.columns * cut.chunks,), sizes | span | stats, 8),

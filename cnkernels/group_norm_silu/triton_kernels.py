@@ -41,7 +41,9 @@ def group_norm_silu_fwd_plan(x, groups, weight, bias, eps, activation, addend) -
     batch, channels = x.shape[:2]
     spatial = x.numel() // (batch * channels)
     launches, partials = forward_launches(
-        batch, channels, spatial, groups, x.element_size(), layout.is_channels_last(x), activation == "silu"
+        *(batch, channels, spatial, groups, x.element_size(), layout.is_channels_last(x)),
+        silu=activation == "silu",
+        addend=addend is not None,
     )
     new_statistics = layout.allocator((batch, groups), torch.float32, x.device)
     new_workspace = layout.allocator((3, batch * groups, partials), torch.float32, x.device)
@@ -52,7 +54,7 @@ def group_norm_silu_fwd_plan(x, groups, weight, bias, eps, activation, addend) -
         mean = new_statistics()
         rstd = torch.empty_like(mean)
         partial = new_workspace() if in_two else None
-        launch((x, weight, bias, addend, partial, y, mean, rstd, eps))
+        launch((x, weight, bias, x if addend is None else addend, partial, y, mean, rstd, eps))
         return y, mean, rstd
 
     return run
@@ -78,27 +80,31 @@ def group_norm_silu_bwd_plan(dy, x, groups, weight, bias, mean, rstd, activation
     """What runs group_norm_silu_bwd for tensors like these."""
     batch, channels = x.shape[:2]
     spatial = x.numel() // (batch * channels)
-    sums, dx, parameters, (partials, parts) = backward_launches(
-        batch, channels, spatial, groups, x.element_size(), layout.is_channels_last(x), activation == "silu"
-    )
     need_dx, need_dweight, need_dbias, need_daddend = need
     need_parameters = need_dweight or need_dbias or need_daddend
+    sums, dx, parameters, (partials, parts) = backward_launches(
+        *(batch, channels, spatial, groups, x.element_size(), layout.is_channels_last(x)),
+        silu=activation == "silu",
+        addend=addend is not None,
+        write_sums=3 if need_daddend else 2 if need_parameters else 0,
+    )
     if not need_daddend:  # its programs are all but those of the first row
         parameters = replace(parameters, grid=(parameters.grid[0], 1))
     wanted = (sums, dx if need_dx else None, parameters if need_parameters else None)
     launch = bind([launch for launch in wanted if launch is not None], x.device, _BACKWARD)
     matches = layout.match(dy, x) is dy
     new_group_sums = layout.allocator((2, batch * groups, partials), torch.float32, x.device)
-    new_channel_sums = layout.allocator((3, batch * channels * parts), torch.float32, x.device)
+    new_channel_sums = layout.allocator((3, batch, parts, channels), torch.float32, x.device)
 
     def run(dy, x, groups, weight, bias, mean, rstd, activation, addend, need):
         dx = torch.empty_like(x) if need_dx else None
         dweight = torch.empty_like(weight) if need_dweight else None
         dbias = torch.empty_like(bias) if need_dbias else None
         daddend = torch.empty_like(addend) if need_daddend else None
+        group_sums = new_group_sums()
         launch((
-            dy if matches else layout.match(dy, x), x, weight, bias, addend, mean, rstd, dx,
-            new_group_sums(), new_channel_sums() if need_parameters else None,
+            dy if matches else layout.match(dy, x), x, weight, bias, x if addend is None else addend, mean, rstd, dx,
+            group_sums, new_channel_sums() if need_parameters else group_sums,  # which is not written then
             dweight, dbias, daddend,
         ))  # fmt: skip
         return dx, dweight, dbias, daddend
@@ -146,9 +152,10 @@ def aot_cases() -> list[AotCase]:
 
 
 def _cases_of(batch: int, channels: int, size: int, memory_format: str, dtype: torch.dtype) -> list[AotCase]:
-    shape = (batch, channels, size * size, 32, dtype.itemsize, memory_format == "NHWC", True)
-    forward, _ = forward_launches(*shape)
-    launches = [launch for launch in (*forward, *backward_launches(*shape)[:3]) if launch is not None]
+    shape = (batch, channels, size * size, 32, dtype.itemsize, memory_format == "NHWC")
+    forward, _ = forward_launches(*shape, silu=True, addend=True)
+    backward = backward_launches(*shape, silu=True, addend=True, write_sums=3)[:3]
+    launches = [launch for launch in (*forward, *backward) if launch is not None]
     given = ("x", "y", "dy", "dx", "weight", "bias", "addend", "dweight", "dbias", "daddend")
     tensors = {f"{name}_ptr": dtype for name in given}
     for name in ("mean", "rstd", "partial", "group_sums", "channel_sums"):

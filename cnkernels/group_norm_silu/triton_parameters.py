@@ -8,23 +8,24 @@ from collections.abc import Mapping
 import triton
 import triton.language as tl
 
-from cnkernels.group_norm_silu.triton_common import RUNTIME_OF_SPANS, load_channels
+from cnkernels.group_norm_silu.triton_common import load_channels
+from cnkernels.group_norm_silu.triton_cuts import RUNTIME_OF_SPANS
 from cnkernels.launch import Launch
 
+BLOCK_C = 4  # channels of a program: 80 programs for 320 channels; one number, so that all layers share the kernel
 
-@triton.jit(do_not_specialize=[*RUNTIME_OF_SPANS, "batch", "parts", "stride_part", "channels"])
+
+@triton.jit(do_not_specialize=[*RUNTIME_OF_SPANS, "batch", "parts", "channels"])
 def _group_norm_silu_parameter_gradients_kernel(
-    channel_sums_ptr,  # [3, N, C, parts] or [3, N, parts, C]
+    channel_sums_ptr,  # [3, N, parts, C]
     group_sums_ptr,  # [2, N * G, partials]
     weight_ptr,
     rstd_ptr,
     dweight_ptr,  # [C] or None
     dbias_ptr,  # [C] or None
     daddend_ptr,  # [N, C] or None
-    channel_plane,
-    group_plane,
-    stride_c,
-    stride_part,
+    stride_channel_sum,
+    stride_sum,
     batch,
     spatial,
     channels,
@@ -41,24 +42,24 @@ def _group_norm_silu_parameter_gradients_kernel(
     """
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     real = channel < channels
-    base = channel_sums_ptr + channel * stride_c
+    base = channel_sums_ptr + channel
     n = tl.program_id(1).to(tl.int64) - 1
     if n < 0:
         if dweight_ptr is not None:
-            dweight = _sum_parts(base + channel_plane, batch, parts, channels, stride_part, real, BLOCK_P, BLOCK_C)
+            dweight = _sum_parts(base + stride_channel_sum, batch, parts, channels, channels, real, BLOCK_P, BLOCK_C)
             tl.store(dweight_ptr + channel, dweight.to(dweight_ptr.dtype.element_ty), mask=real)
         if dbias_ptr is not None:
-            dbias = _sum_parts(base, batch, parts, channels, stride_part, real, BLOCK_P, BLOCK_C)
+            dbias = _sum_parts(base, batch, parts, channels, channels, real, BLOCK_P, BLOCK_C)
             tl.store(dbias_ptr + channel, dbias.to(dbias_ptr.dtype.element_ty), mask=real)
     elif daddend_ptr is not None:
         base += n * channels * parts
-        dz = _sum_parts(base, 1, parts, channels, stride_part, real, BLOCK_P, BLOCK_C)
-        normed = _sum_parts(base + 2 * channel_plane, 1, parts, channels, stride_part, real, BLOCK_P, BLOCK_C)
+        dz = _sum_parts(base, 1, parts, channels, channels, real, BLOCK_P, BLOCK_C)
+        normed = _sum_parts(base + 2 * stride_channel_sum, 1, parts, channels, channels, real, BLOCK_P, BLOCK_C)
         statistic = n * groups + channel // group_channels
         sums = group_sums_ptr + statistic * partials
         count = tl.cast(group_channels, tl.float32) * spatial
         mean_d = _sum_parts(sums, 1, partials, groups, 1, real, BLOCK_P, BLOCK_C) / count
-        mean_dn = _sum_parts(sums + group_plane, 1, partials, groups, 1, real, BLOCK_P, BLOCK_C) / count
+        mean_dn = _sum_parts(sums + stride_sum, 1, partials, groups, 1, real, BLOCK_P, BLOCK_C) / count
         rstd = tl.load(rstd_ptr + statistic, mask=real, other=0.0)
         weight = load_channels(weight_ptr, channel, real, 1.0)
         daddend = rstd * (weight * dz - spatial * mean_d - normed * mean_dn)
@@ -79,22 +80,8 @@ def _sum_parts(pointers, samples, parts, per_sample, stride, mask, BLOCK_P: tl.c
     return tl.sum(total, axis=0)
 
 
-def parameter_channels(channels: int) -> int:
-    """Channels of one program of the parameters: few enough for half as many programs as a large GPU runs at once."""
-    block = 64
-    while block > 4 and triton.cdiv(channels, block) < 66:
-        block //= 2
-    return block
-
-
 def parameters_launch(sizes: Mapping[str, int]) -> Launch:
     """The launch for a layer's sizes: all of the kernel's arguments but its tensors and blocks, by name."""
-    channels, batch = sizes["channels"], sizes["batch"]
-    block = parameter_channels(channels)
-    return Launch(
-        _group_norm_silu_parameter_gradients_kernel,
-        (triton.cdiv(channels, block), 1 + batch),
-        {**sizes, "BLOCK_C": block, "BLOCK_P": 1024 // block},
-        4,
-        maxnreg=128,
-    )
+    grid = (triton.cdiv(sizes["channels"], BLOCK_C), 1 + sizes["batch"])
+    blocks = {"BLOCK_C": BLOCK_C, "BLOCK_P": 1024 // BLOCK_C}
+    return Launch(_group_norm_silu_parameter_gradients_kernel, grid, {**sizes, **blocks}, 4, maxnreg=128)

@@ -88,9 +88,9 @@ def kernels(shape, groups, dtype, layout):
     from cnkernels.group_norm_silu.triton_forward import forward_launches
 
     batch, channels, height, width = shape
-    arguments = (batch, channels, height * width, groups, dtype.itemsize, layout == "channels_last", True)
+    arguments = (batch, channels, height * width, groups, dtype.itemsize, layout == "channels_last", True, True)
     forward, _ = forward_launches(*arguments)
-    sums, dx, *_ = backward_launches(*arguments)
+    sums, dx, *_ = backward_launches(*arguments, 3)
     launches = [*forward, sums, *([] if dx is None else [dx])]
     names = [launch.kernel.fn.__name__ for launch in launches]
     return " ".join(name.removeprefix("_group_norm_silu_").removesuffix("_kernel") for name in names), launches
@@ -114,9 +114,9 @@ def test_every_cut_equals_pytorch_and_stays_inside(shape, groups, dtype, layout,
 @pytest.fixture
 def few_programs(monkeypatch):
     """Cuts as on a GPU with a single multiprocessor: several tiles to a chunk, as only large tensors have otherwise."""
-    from cnkernels.group_norm_silu import triton_common
+    from cnkernels.group_norm_silu import triton_cuts
 
-    monkeypatch.setattr(triton_common, "PROGRAMS", 4)
+    monkeypatch.setattr(triton_cuts, "PROGRAMS", 2)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,9 @@ def few_programs(monkeypatch):
 )
 def test_chunks_of_several_tiles(shape, groups, dtype, layout, few_programs):
     launches = kernels(shape, groups, dtype, layout)[1]
-    assert all(launch.sizes["chunk_rows"] > launch.sizes["BLOCK_R"] for launch in launches)
-    assert launches[0].sizes["chunk_rows"] % launches[0].sizes["BLOCK_R"] == 0
+    for sizes in (launch.sizes for launch in launches):
+        assert sizes.get("run_tiles", 0) > 1 or sizes["chunk_rows"] > sizes["BLOCK_R"]
+        assert sizes.get("chunk_rows", 0) % sizes["BLOCK_R"] == 0
     with guarded_empty():
         harness.compare(
             fused(groups),

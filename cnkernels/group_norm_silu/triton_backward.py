@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from cnkernels.group_norm_silu.triton_common import (
+    divide,
     load_addend,
     load_channels,
     members,
@@ -40,8 +41,8 @@ from cnkernels.group_norm_silu.triton_cuts import (
     cut_runs,
     cut_spans,
     fits,
-    groups_block,
     held_rows,
+    inverse,
     partials_block,
     warps_for,
 )
@@ -306,8 +307,10 @@ def _group_norm_silu_spans_fused_bwd_kernel(
     groups,
     columns,
     group_channels,
+    group_inverse,
     span_groups,
     span,
+    SUM_NORMED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -317,7 +320,7 @@ def _group_norm_silu_spans_fused_bwd_kernel(
     column = tl.program_id(0) % columns
     n = (tl.program_id(0) // columns).to(tl.int64)
     first_group, channel, real = span_of(column, channels, group_channels, span_groups, span, 1, BLOCK_C)
-    statistic = n * groups + channel // group_channels
+    statistic = n * groups + divide(channel, group_channels, group_inverse)
     rstd = tl.load(rstd_ptr + statistic, mask=real, other=0.0)
     shift = tl.load(mean_ptr + statistic, mask=real, other=0.0)
     shift = (shift - load_addend(addend_ptr, n * channels + channel, real, has_addend))[None, :]
@@ -335,24 +338,24 @@ def _group_norm_silu_spans_fused_bwd_kernel(
     member = members(channel, real, first_group, group_channels, BLOCK_G)
     sum_d = sum_by_group(dz_c * weight, member)  # [G]
     sum_dn = sum_by_group(dzn_c * weight, member)
-    if dx_ptr is not None:
-        count = tl.cast(group_channels, tl.float32) * spatial
-        mean_d = to_channels(sum_d / count, member)
-        mean_dn = to_channels(sum_dn / count, member)
-        dx = rstd[None, :] * (dz * weight[None, :] - mean_d[None, :] - normed * mean_dn[None, :])
-        tl.store(dx_ptr + base + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if write_sums > 0:
         target = channel_sums_ptr + n * channels + channel
         tl.store(target, dz_c, mask=real)
         tl.store(target + stride_channel_sum, dzn_c, mask=real)
-        if write_sums > 2:
-            sum_n = tl.sum(tl.where(mask, normed, 0.0), axis=0)
+        if SUM_NORMED:
+            sum_n = tl.sum(tl.where((position < spatial)[:, None], normed, 0.0), axis=0)
             tl.store(target + 2 * stride_channel_sum, sum_n, mask=real)
     group = first_group + tl.arange(0, BLOCK_G)
     owned = (tl.arange(0, BLOCK_G) < span_groups) & (group < groups)
     target = group_sums_ptr + n * groups + group
     tl.store(target, sum_d, mask=owned)
     tl.store(target + stride_sum, sum_dn, mask=owned)
+    if dx_ptr is not None:
+        count = tl.cast(group_channels, tl.float32) * spatial
+        mean_d = to_channels(sum_d / count, member)
+        mean_dn = to_channels(sum_dn / count, member)
+        dx = rstd[None, :] * (dz * weight[None, :] - mean_d[None, :] - normed * mean_dn[None, :])
+        tl.store(dx_ptr + base + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME_OF_SPANS)
@@ -377,6 +380,7 @@ def _group_norm_silu_spans_sums_kernel(
     chunk_rows,
     chunks,
     group_channels,
+    group_inverse,
     slots,
     SUM_NORMED: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -395,7 +399,7 @@ def _group_norm_silu_spans_sums_kernel(
     n = (tl.program_id(0) // columns // chunks).to(tl.int64)
     channel = column * BLOCK_C + tl.arange(0, BLOCK_C)
     real = channel < channels
-    statistic = n * groups + channel // group_channels
+    statistic = n * groups + divide(channel, group_channels, group_inverse)
     rstd = tl.load(rstd_ptr + statistic, mask=real, other=0.0)
     shift = tl.load(mean_ptr + statistic, mask=real, other=0.0)
     shift = (shift - load_addend(addend_ptr, n * channels + channel, real, has_addend))[None, :]
@@ -422,7 +426,7 @@ def _group_norm_silu_spans_sums_kernel(
         sum_dz += dz
         sum_dzn += dz * normed
         if SUM_NORMED:
-            sum_n += normed if WHOLE else tl.where(mask, normed, 0.0)
+            sum_n += normed if WHOLE else tl.where((position < rows - done)[:, None], normed, 0.0)
         base += BLOCK_R * channels
     dz_c = tl.sum(sum_dz, axis=0)  # [C]
     dzn_c = tl.sum(sum_dzn, axis=0)
@@ -432,7 +436,7 @@ def _group_norm_silu_spans_sums_kernel(
         tl.store(target + stride_channel_sum, dzn_c, mask=real)
         if SUM_NORMED:
             tl.store(target + 2 * stride_channel_sum, tl.sum(sum_n, axis=0), mask=real)
-    first_group = column * BLOCK_C // group_channels
+    first_group = divide(column * BLOCK_C, group_channels, group_inverse)
     member = members(channel, real, first_group, group_channels, BLOCK_G)
     group = first_group + tl.arange(0, BLOCK_G)
     touched = (group < groups) & (group * group_channels < (column + 1) * BLOCK_C)
@@ -469,6 +473,7 @@ def _group_norm_silu_spans_dx_kernel(
     chunks,
     partials,
     group_channels,
+    group_inverse,
     touched,  # groups that BLOCK_C channels belong to
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -483,7 +488,7 @@ def _group_norm_silu_spans_dx_kernel(
     n = (program // columns // chunks).to(tl.int64)
     channel = column * BLOCK_C + tl.arange(0, BLOCK_C)
     real = channel < channels
-    first_group = column * BLOCK_C // group_channels
+    first_group = divide(column * BLOCK_C, group_channels, group_inverse)
     group = first_group + tl.arange(0, BLOCK_G)
     part = tl.arange(0, BLOCK_P)
     sums = group_sums_ptr + (n * groups + group)[:, None] * partials + part[None, :]
@@ -493,7 +498,7 @@ def _group_norm_silu_spans_dx_kernel(
     mean_d = to_channels(tl.sum(tl.load(sums, mask=there, other=0.0), axis=1) / count, member)
     mean_dn = to_channels(tl.sum(tl.load(sums + stride_sum, mask=there, other=0.0), axis=1) / count, member)
 
-    statistic = n * groups + channel // group_channels
+    statistic = n * groups + divide(channel, group_channels, group_inverse)
     rstd = tl.load(rstd_ptr + statistic, mask=real, other=0.0)[None, :]
     shift = tl.load(mean_ptr + statistic, mask=real, other=0.0)
     shift = (shift - load_addend(addend_ptr, n * channels + channel, real, has_addend))[None, :]
@@ -567,12 +572,12 @@ def _rows_launches(batch, channels, spatial, groups, itemsize, sizes, sum_normed
 
 def _spans_launches(batch, channels, spatial, groups, itemsize, sizes, sum_normed):
     cut = cut_spans(batch, channels, spatial, groups, itemsize)
-    sizes["channels"] = channels
+    sizes |= {"channels": channels, "group_inverse": inverse(channels // groups)}
     held = triton.next_power_of_2(spatial) * cut.width
     if cut.splits == 1 and fits(held, batch * cut.columns, MAX_HELD_SPAN):
         span = {"columns": cut.columns, "span_groups": cut.groups, "span": cut.groups * (channels // groups)}
-        span |= {"BLOCK_C": cut.width, "BLOCK_G": groups_block(cut.groups)}
-        span["BLOCK_R"] = triton.next_power_of_2(spatial)
+        span |= {"BLOCK_C": cut.width, "BLOCK_G": triton.next_power_of_2(cut.groups)}
+        span |= {"BLOCK_R": triton.next_power_of_2(spatial), "SUM_NORMED": sum_normed}
         fused = Launch(_group_norm_silu_spans_fused_bwd_kernel, (batch * cut.columns,), sizes | span, warps_for(held))
         return fused, None, 1, 1
     sums, partials = columns_of_sums(batch, channels, spatial, groups)

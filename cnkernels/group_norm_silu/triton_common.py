@@ -8,6 +8,16 @@ import triton.language as tl
 
 
 @triton.jit
+def divide(index, divisor, inverse):
+    """index // divisor for an index below 2^29, given inverse = 2^30 // divisor + 1: a quarter of a division's work.
+
+    The product is at most one too large, as index * (inverse * divisor - 2^30) is less than divisor * 2^30.
+    """
+    quotient = tl.umulhi(index * 4, inverse)
+    return tl.where(quotient * divisor > index, quotient - 1, quotient)
+
+
+@triton.jit
 def row_tile(
     row,
     rows,
@@ -24,7 +34,7 @@ def row_tile(
     the group and its real elements.
     """
     index = row + tl.arange(0, BLOCK_R)  # [R]
-    channel = (index.to(tl.int64) * segment_inverse >> 24).to(tl.int32)  # index // segments
+    channel = divide(index, segments, segment_inverse)
     column = tl.arange(0, BLOCK_W)
     real = index < rows
     if WHOLE_ROWS:
@@ -94,8 +104,8 @@ def span_of(
 @triton.jit
 def members(channel, mask, first_group, group_channels, BLOCK_G: tl.constexpr):
     """[BLOCK_G, BLOCK_C] booleans: channel c belongs to the g-th group from first_group."""
-    group = channel // group_channels - first_group  # [C]
-    return (tl.arange(0, BLOCK_G)[:, None] == group[None, :]) & mask[None, :]
+    start = ((first_group + tl.arange(0, BLOCK_G)) * group_channels)[:, None]
+    return (channel[None, :] >= start) & (channel[None, :] < start + group_channels) & mask[None, :]
 
 
 @triton.jit

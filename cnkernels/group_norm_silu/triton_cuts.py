@@ -56,7 +56,7 @@ RUNTIME_OF_ROWS = [
 ]  # fmt: skip
 RUNTIME_OF_SPANS = [
     "has_addend", "write_sums", "stride_moment", "stride_sum", "stride_channel_sum", "groups", "group_channels",
-    "spatial", "span_groups", "columns", "chunk_rows", "chunks", "partials", "touched", "slots",
+    "group_inverse", "spatial", "span_groups", "columns", "chunk_rows", "chunks", "partials", "touched", "slots",
 ]  # fmt: skip
 
 
@@ -96,6 +96,11 @@ class Spans:
         return self.chunks * self.splits
 
 
+def inverse(divisor):
+    """For `triton_common.divide`."""
+    return 2**30 // divisor + 1
+
+
 def held_rows(width, channels, spatial, groups, most):
     """The rows of a group that is held, of `width` positions, as kernel arguments, and the warps that hold it.
 
@@ -108,8 +113,7 @@ def held_rows(width, channels, spatial, groups, most):
     warps = next((warps for warps in tile if elements <= min(most, HELD_TILES * tile[warps])), None)
     if warps is None:
         return None
-    # A row's index times segments is less than 2^24, and hence index * segment_inverse >> 24 is index // segments.
-    rows = {"segments": segments, "segment_inverse": 2**24 // segments + 1}
+    rows = {"segments": segments, "segment_inverse": inverse(segments)}
     rows |= {"TILES": HELD_TILES, "BLOCK_R": tile[warps] // width, "BLOCK_W": width}
     return rows | {"WHOLE_ROWS": whole}, warps
 

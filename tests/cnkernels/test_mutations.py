@@ -199,14 +199,14 @@ MUTATIONS = {  # op, what is broken: the kernel or device function, its text, th
     ),
     "group_norm_silu: variance about zero": (
         "_group_norm_silu_rows_fused_fwd_kernel",
-        "rough = tl.sum(sums) / count",
+        "rough = (tl.sum(sums) + tl.sum(sums_of_addend)) / count",
         "rough = 0.0",
         FAR_NORM,
     ),
     "group_norm_silu: values outside the mask counted": (
         "_group_norm_silu_rows_fused_fwd_kernel",
-        "deviation = tl.where(mask, tiles[tile] - rough, 0.0)",
-        "deviation = tiles[tile] - rough",
+        "tl.where(places[tile][1], tiles[tile].to(tl.float32) - shift[:, None], 0.0)",
+        "tiles[tile].to(tl.float32) - shift[:, None]",
         RAGGED_NORM,
     ),
     "group_norm_silu: positions past the last one written": (
@@ -215,10 +215,10 @@ MUTATIONS = {  # op, what is broken: the kernel or device function, its text, th
         "y.to(y_ptr.dtype.element_ty))",
         RAGGED_NORM,
     ),
-    "group_norm_silu: last rows of a chunk skipped": (
+    "group_norm_silu: last tile of a run skipped": (
         "_group_norm_silu_rows_apply_kernel",
-        "for row in range(first, end, BLOCK_R):",
-        "for row in range(first, end - BLOCK_R, BLOCK_R):",
+        "for tile in range(run_tiles):",
+        "for tile in range(run_tiles - 1):",
         CUT_NORM,
     ),
     "group_norm_silu: chunks merged as if they had one mean": (
@@ -235,8 +235,8 @@ MUTATIONS = {  # op, what is broken: the kernel or device function, its text, th
     ),
     "group_norm_silu: a channel in its neighbour's group": (
         "members",
-        "channel // group_channels - first_group",
-        "(channel + 1) // group_channels - first_group",
+        "(channel[None, :] >= start)",
+        "(channel[None, :] > start)",
         NHWC_NORM,
     ),
     "group_norm_silu: one of the two means of dx for the other": (
@@ -245,10 +245,16 @@ MUTATIONS = {  # op, what is broken: the kernel or device function, its text, th
         "normed_tiles[tile] * mean_d",
         RAGGED_NORM,
     ),
+    "group_norm_silu: positions outside a short row summed for the addend": (
+        "_group_norm_silu_rows_fused_bwd_kernel",
+        "normed if WHOLE_ROWS else tl.where(mask, normed, 0.0)",
+        "normed",
+        RAGGED_NORM,
+    ),
     "group_norm_silu: last sample's gradient of the weight skipped": (
         "_group_norm_silu_parameter_gradients_kernel",
-        "_sum_parts(base + channel_plane, batch, parts,",
-        "_sum_parts(base + channel_plane, batch - 1, parts,",
+        "_sum_parts(base + stride_channel_sum, batch, parts,",
+        "_sum_parts(base + stride_channel_sum, batch - 1, parts,",
         RAGGED_NORM,
     ),
     "group_norm_silu: gradient of the addend without a mean": (

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,7 @@ class Compiled:
     matrix_units: tuple[str, ...]
     wants_matrix_units: bool
     loop: Mapping[str, int]  # instructions of the inner loop by pipe; empty where there is none
+    code: Mapping[str, int]  # of all of it
 
     @property
     def faults(self) -> list[str]:
@@ -133,6 +134,7 @@ def _read(case: AotCase, arch: int, cubin: bytes, shared: int) -> Compiled:
         matrix_units=tuple(unit for unit in _MATRIX_UNITS if any(op.partition(".")[0] == unit for op in opcodes)),
         wants_matrix_units=case.uses_matrix_units,
         loop=dict(aot_sass.count(aot_sass.hot_loop(code))),
+        code=dict(aot_sass.count(code)),
     )
 
 
@@ -164,6 +166,11 @@ def sample(op: str, arch: int, every: int, offset: int) -> list[int]:
 def report(archs: list[int], ops: list[str], every: int = 1, processes: int = 2) -> Iterator[Compiled]:
     """Compiles the cases, or one in `every`, others for each architecture; yields them in a fixed order."""
     jobs = [(op, index, arch) for op in ops for i, arch in enumerate(archs) for index in sample(op, arch, every, i)]
+    return compile_all(jobs, processes)
+
+
+def compile_all(jobs: Sequence[tuple[str, int, int]], processes: int = 2) -> Iterator[Compiled]:
+    """Compiles (op, index of a case, architecture), in processes of their own; yields them in this order."""
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may deadlock
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         yield from pool.map(_compile_indexed, jobs)

@@ -560,11 +560,11 @@ def _rows_launches(batch, channels, spatial, groups, itemsize, sizes, sum_normed
     partials = cut.programs
     sums = sizes | cut.sizes | {"SUM_NORMED": sum_normed}
     sums["WHOLE_RUNS"] = not sum_normed or spatial % RUN_TILE == 0  # the other sums have no need to know
-    finer = cut_runs(batch, channels, spatial, groups, 16, merged=False)
-    dx = sizes | finer.sizes | {"partials": partials, "BLOCK_P": partials_block(partials)}
+    elementwise = cut_runs(batch, channels, spatial, groups, 16, merged=False)
+    dx = sizes | elementwise.sizes | {"partials": partials, "BLOCK_P": partials_block(partials)}
     return (
         Launch(_group_norm_silu_rows_sums_kernel, (batch * groups * partials,), sums, 8),
-        Launch(_group_norm_silu_rows_dx_kernel, (batch * groups * finer.programs,), dx, 8),
+        Launch(_group_norm_silu_rows_dx_kernel, (batch * groups * elementwise.programs,), dx, 8),
         partials,
         cut.runs,
     )

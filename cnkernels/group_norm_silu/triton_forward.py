@@ -417,10 +417,15 @@ def _rows_launches(batch, channels, spatial, groups, silu, sizes):
     partials = cut.programs
     sizes |= {"stride_moment": batch * groups * partials, "BLOCK_W": RUN_TILE}
     apply = {"groups": groups, "partials": partials, "BLOCK_P": partials_block(partials), "SILU": silu}
-    finer = cut_runs(batch, channels, spatial, groups, 16, merged=False)
+    elementwise = cut_runs(batch, channels, spatial, groups, 16, merged=False)
     return (
         Launch(_group_norm_silu_rows_stats_kernel, (batch * groups * partials,), sizes | cut.sizes, 8),
-        Launch(_group_norm_silu_rows_apply_kernel, (batch * groups * finer.programs,), sizes | apply | finer.sizes, 8),
+        Launch(
+            _group_norm_silu_rows_apply_kernel,
+            (batch * groups * elementwise.programs,),
+            sizes | apply | elementwise.sizes,
+            8,
+        ),
     ), partials
 
 

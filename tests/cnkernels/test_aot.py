@@ -1,19 +1,24 @@
-"""Every op's kernels compile for every generation of GPU: matrix units, shared memory, no spills, no float64.
+"""Every op's kernels compile for every generation of GPU: matrix units, shared memory, no spills, lean inner loops.
 
-Compiled in a process of its own, because under TRITON_INTERPRET=1, as the other op tests run, kernels are Python.
-One in `EVERY` of each kernel's cases, different ones for each architecture: all of them take minutes, and are what
-`python -m cnkernels.aot` compiles.
+Compiled in a process of its own, because under TRITON_INTERPRET=1, as the other op tests run, kernels are Python. Where
+machine code is read, the first case of each kernel; elsewhere one in `EVERY` of each kernel's cases, others for each
+architecture: all of them take minutes, and are what `python -m cnkernels.aot` compiles.
 """
 
+import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
 
 import pytest
 
 from cnkernels.aot import ARCHITECTURES
 from cnkernels.dispatch import OPS
+from tests.cnkernels.aot_report import READ
 
 EVERY = 24
 
@@ -25,13 +30,74 @@ def run(*arguments, interpret=False):
     return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, env=environment)
 
 
+@cache
+def compiled(op: str) -> list[dict]:
+    """What `aot_report` says of the op: compiled once for all tests."""
+    done = run("tests.cnkernels.aot_report", op, str(EVERY))
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_no_default_configuration_has_a_fault(op):
-    done = run("cnkernels.aot", "--op", op, "--every", str(EVERY))
-    assert done.returncode == 0, done.stdout + done.stderr
-    _, *rows, verdict = done.stdout.splitlines()
-    assert verdict == "0 with faults"
-    assert {row.split()[0] for row in rows} == {f"sm_{arch}" for arch in ARCHITECTURES}
+    rows = compiled(op)
+    assert {row["arch"] for row in rows} == set(ARCHITECTURES)
+    faulty = {f"sm_{row['arch']} {row['case']}": row["faults"] for row in rows if row["faults"]}
+    assert not faulty
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The most instructions that a unit of work may take in a kernel's inner loop: in all, and of some pipes.
+
+    `units` gives a thread's or a warp's work in one turn, from the kernel's constants, before it is divided by the
+    warps. A kernel without a loop is counted whole.
+    """
+
+    op: str
+    units: Callable[[Mapping[str, int]], float]
+    most: float
+    pipes: Mapping[str, float]
+
+
+def excess(row: Mapping, bound: Bound) -> list[str]:
+    """What of the row's instructions is over the bound, in words."""
+    units = bound.units(row["constants"]) / row["warps"]
+    taken = {pipe: count / units for pipe, count in row["pipes"].items()}
+    found = [(sum(taken.values()), bound.most, "instructions")]
+    found += [(taken.get(pipe, 0), most, f"of pipe {pipe}") for pipe, most in bound.pipes.items()]
+    return [f"{count:.2f} {what} a unit, the bound is {most}" for count, most, what in found if count > most]
+
+
+BOUNDS: dict[str, Bound] = {}
+
+
+@pytest.mark.parametrize("kernel", BOUNDS)
+def test_an_inner_loop_is_lean(kernel):
+    bound = BOUNDS[kernel]
+    rows = [row for row in compiled(bound.op) if row["kernel"] == kernel and row["arch"] in READ]
+    assert {row["arch"] for row in rows} == set(READ)
+    over = {f"sm_{row['arch']} {row['case']}": excess(row, bound) for row in rows if excess(row, bound)}
+    assert not over
+
+
+def test_every_kernel_has_a_bound():
+    kernels = {row["kernel"]: op for op in OPS for row in compiled(op)}
+    assert kernels == {kernel: bound.op for kernel, bound in BOUNDS.items()}
+
+
+def test_the_bounds_see_an_excess():
+    """Three instructions more for an element, as the division in a sigmoid takes; one access for every element."""
+    bound = BOUNDS["_geglu_fwd_kernel"]
+    row = next(row for row in compiled("geglu") if row["kernel"] == "_geglu_fwd_kernel" and row["arch"] == 90)
+    assert not excess(row, bound)
+    elements = bound.units(row["constants"]) / row["warps"]
+    slower = row | {"pipes": row["pipes"] | {"alu": row["pipes"]["alu"] + 3 * elements}}
+    assert [re.sub(r"[\d.]+ ", "", what, count=1) for what in excess(slower, bound)] == [
+        f"instructions a unit, the bound is {bound.most}"
+    ]
+    narrow = row | {"pipes": row["pipes"] | {"memory": 2 * elements}}
+    assert any("of pipe memory" in what for what in excess(narrow, bound))
 
 
 def test_each_fault_is_found():

@@ -2,6 +2,9 @@
 
     python -m benchmarks.report [FILE] [--readme README.md] [--plots FOLDER]
     python -m benchmarks.report --compare OLD NEW
+    python -m benchmarks.report [FILE] --predicted PREDICTION
+
+PREDICTION is what `python -m cnkernels.aot --model NAME --json PREDICTION` wrote: its times beside those measured.
 
 FILE is the newest result by default. With --readme, the text between the marks `<!-- benchmarks -->` and
 `<!-- /benchmarks -->` of that file is replaced by the tables.
@@ -11,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import predicted
 from benchmarks.rows import Rows, groups, is_ours, key, load, newest, timed
 from controlnet.common.command import parser as command_parser
 
@@ -104,7 +108,17 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
 EXAMPLES = """
 python -m benchmarks.report --readme README.md --plots docs/images
 python -m benchmarks.report --compare before.json after.json
+python -m benchmarks.report --predicted prediction.json
 """
+
+
+def against_prediction(predictions: list[dict[str, Any]], result: dict[str, Any]) -> str:
+    """Measured / predicted time of every case in both."""
+    body = [
+        [row["case"], row["options"], _duration(row["predicted"]), _duration(row["measured"]), f"{row['ratio']:.2f}"]
+        for row in predicted.ratios(predictions, result)
+    ]
+    return _table(["case", "predicted with", "predicted", "measured", "measured / predicted"], body)
 
 
 def main() -> None:
@@ -113,11 +127,15 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, help="file whose marked section is replaced")
     parser.add_argument("--plots", type=Path, help="folder for the plots (needs matplotlib)")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"))
+    parser.add_argument("--predicted", type=Path, metavar="PREDICTION", help="compare with this prediction instead")
     options = parser.parse_args()
     if options.compare:
         print(compare(*map(load, options.compare)))
         return
     result = load(options.result or newest())
+    if options.predicted:
+        print(against_prediction(predicted.load(options.predicted), result))
+        return
     text = tables(result)
     print(text)
     if options.readme:

@@ -4,10 +4,13 @@ Each op's `triton_kernels.aot_cases()` names its kernels as Stable Diffusion 1.5
 and warps. They are compiled for one GPU of each generation, and the machine code is read back: registers, spills,
 shared memory, 16-byte loads, whether the products run on that generation's matrix units, and whether a Python float was
 taken for float64. `loop` is the number of instructions in one turn of the inner loop of a warp.
+
+With --model, the launches of a step of a model instead, and what each is predicted to cost (`cnkernels.aot_predict`).
 """
 
 import argparse
 import importlib
+import json
 import multiprocessing
 import re
 import subprocess
@@ -20,6 +23,8 @@ from pathlib import Path
 
 from cnkernels import aot_sass
 from cnkernels.aot_case import AotCase
+from cnkernels.aot_gpus import GPUS
+from cnkernels.aot_model import MODELS
 from cnkernels.dispatch import OPS
 
 
@@ -98,7 +103,8 @@ def cases(op: str, arch: int) -> list[AotCase]:
     return list(distinct.values())
 
 
-def compile_case(case: AotCase, arch: int) -> Compiled:
+def compiled(case: AotCase, arch: int) -> object:
+    """What Triton makes of a case."""
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -109,25 +115,31 @@ def compile_case(case: AotCase, arch: int) -> Compiled:
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(case.kernel, types, dict(case.constexprs), attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg}
-    binary = compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return _read(case, arch, binary.asm["cubin"], binary.metadata.shared)
+    return compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def _read(case: AotCase, arch: int, cubin: bytes, shared: int) -> Compiled:
+def disassembled(cubin: bytes) -> tuple[int, list[aot_sass.Instruction]]:
+    """Registers of a thread, and the instructions in order."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
         usage = _tool("cuobjdump", "-res-usage", str(path))
         code = aot_sass.instructions(_tool("cuobjdump", "-sass", str(path)))
+    return int(re.search(r"\bREG:(\d+)", usage)[1]), code
+
+
+def compile_case(case: AotCase, arch: int) -> Compiled:
+    binary = compiled(case, arch)
+    registers, code = disassembled(binary.asm["cubin"])
     opcodes = [instruction.opcode for instruction in code]
     loads = [op for op in opcodes if op.startswith(("LDG", "LDGSTS", "UTMALDG"))]
     return Compiled(
         case=case.name,
         arch=arch,
         warps=case.num_warps,
-        registers=int(re.search(r"\bREG:(\d+)", usage)[1]),
+        registers=registers,
         spills=sum(op.startswith(("STL", "LDL")) for op in opcodes),
-        shared=shared,
+        shared=binary.metadata.shared,
         wide_loads=sum(".128" in op or op.startswith("UTMALDG") for op in loads),
         loads=len(loads),
         doubles=sum(op.startswith(_DOUBLES) or ".F64" in op for op in opcodes),
@@ -176,6 +188,24 @@ def compile_all(jobs: Sequence[tuple[str, int, int]], processes: int = 2) -> Ite
         yield from pool.map(_compile_indexed, jobs)
 
 
+def _predict(chosen: argparse.Namespace) -> None:
+    import torch
+
+    from cnkernels import aot_predict
+
+    gpus = list(GPUS) if chosen.gpu == "all" else [chosen.gpu]
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[chosen.dtype]
+    step = "training" if chosen.train else "denoise"
+    records = aot_predict.of_model(chosen.model, gpus, chosen.batch, dtype, chosen.train, chosen.processes)
+    for record in records:
+        print(f"Predicted, not measured: a {step} step of {chosen.model} at batch {chosen.batch} in {chosen.dtype} on")
+        print(f"one {record['gpu']}, Triton's kernels. Instructions of warps in thousands; DRAM: each operand once.\n")
+        print(aot_predict.table(record["launches"]), flush=True)
+        print()
+    if chosen.json:
+        chosen.json.write_text(json.dumps(aot_predict.as_json(records), indent=1) + "\n", encoding="utf-8")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m cnkernels.aot",
@@ -187,12 +217,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--op", action="append", choices=list(OPS), help="default: all")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="one in N of each kernel's cases")
     parser.add_argument("--processes", type=int, default=2)
+    model = parser.add_argument_group("prediction of a model's step")
+    model.add_argument("--model", choices=list(MODELS), help="U-Net and ControlNet, at its own size")
+    model.add_argument("--gpu", choices=[*GPUS, "all"], default="H100", help="default: H100")
+    model.add_argument("--batch", type=int, default=2, metavar="N", help="of the networks: 2 is one image, guided")
+    model.add_argument("--dtype", choices=["fp16", "bf16"], default="fp16")
+    model.add_argument("--train", action="store_true", help="forward and backward of training, no checkpointing")
+    model.add_argument("--json", type=Path, metavar="FILE", help="write the prediction to this file, too")
     chosen = parser.parse_args(arguments)
 
     from triton import knobs
 
     if knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET=1 makes every kernel an interpreted one, which cannot be compiled; unset it")
+    if chosen.batch < 1:
+        parser.error(f"--batch: expected 1 or more, got {chosen.batch}")
+    if chosen.model:
+        _predict(chosen)
+        return 0
     print(HEADER)
     faulty = 0
     for compiled in report(chosen.arch or list(ARCHITECTURES), chosen.op or list(OPS), chosen.every, chosen.processes):

@@ -1,9 +1,10 @@
-"""What of SD 1.5's speed and memory is known without a device: `python -m benchmarks.device_free [--json FILE]`.
+"""What of a model's speed and memory is known without a device: `python -m benchmarks.device_free [--model sdxl]`.
 
-Saved bytes: what autograd keeps for the backward of one training step of a ControlNet (512x512, bfloat16, batch 1, the
-U-Net locked, no checkpointing), each storage once, parameters apart. Operations: those of one forward pass of U-Net and
-ControlNet that do work, about the number of kernel launches; views are none. FLOPs: of products and attention.
-All on fake tensors, channels_last, beside diffusers' modules of the same size if diffusers is installed.
+Saved bytes: what autograd keeps for the backward of one training step of a ControlNet (SD 1.5 at 512x512 or SDXL at
+1024x1024, bfloat16, batch 1, the U-Net locked, no checkpointing), each storage once, parameters apart. Operations:
+those of one forward pass of U-Net and ControlNet that do work, about the number of kernel launches; views are none.
+FLOPs: of products and attention. All on fake tensors, channels_last, beside diffusers' modules of the same size if
+diffusers is installed.
 """
 
 import importlib.util
@@ -21,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.jobs import SD15
+from benchmarks import jobs
 from cnkernels.progress import say
 from controlnet.common.command import parser as command_parser
 from controlnet.model.controlled import ControlledUNet
@@ -29,19 +30,32 @@ from controlnet.model.controlnet import ControlNet
 from controlnet.model.unet import UNet
 
 DTYPE = torch.bfloat16
-LATENT, HINT, CONTEXT = (4, 64, 64), (3, 512, 512), (77, 768)
 NO_WORK = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "detach", "lift_fresh", "alias"}
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+TOKENS = 77
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, tuple[dict[str, Any], dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A base model by our constructor's arguments, and the side of its latents."""
+
+    name: str
+    params: dict[str, Any]
+    side: int
+
+
+MODELS = {"sd15": Model("SD 1.5", jobs.SD15, 64), "sdxl": Model("SDXL", jobs.SDXL, 128)}
 
 
 @dataclass
 class Networks:
-    """U-Net and ControlNet of one library. The functions take x, timesteps, context, hint."""
+    """U-Net and ControlNet of one library. The functions take what `inputs` gives."""
 
     modules: list[nn.Module]
     both: Callable[..., Tensor]
     unet: Callable[..., Any]
     control: Callable[..., Any]
+    model: Model = MODELS["sd15"]
 
     def storages(self) -> set[int]:
         """Of all parameters and buffers."""
@@ -49,38 +63,45 @@ class Networks:
         return {t.untyped_storage()._cdata for t in tensors}
 
 
-def ours() -> Networks:
-    unet, control = UNet(**SD15, out_channels=4), ControlNet(**SD15, hint_channels=3)
-    model = ControlledUNet(unet, control)
+def ours(model: Model, **options: Any) -> Networks:
+    """With more arguments for the constructors, if any."""
+    params = {**model.params, **options}
+    unet, control = UNet(**params, out_channels=4), ControlNet(**params, hint_channels=3)
+    controlled = ControlledUNet(unet, control)
     return Networks(
-        [model],
+        [controlled],
+        lambda x, timesteps, context, hint, extra: controlled(x, timesteps, context, hint, **extra[0]),
+        lambda x, timesteps, context, hint, extra: unet(x, timesteps, context, **extra[0]),
+        lambda x, timesteps, context, hint, extra: control(x, hint, timesteps, context, **extra[0]),
         model,
-        lambda x, timesteps, context, hint: unet(x, timesteps, context),
-        lambda x, timesteps, context, hint: control(x, hint, timesteps, context),
     )
 
 
-def diffusers() -> Networks:
-    from diffusers import ControlNetModel, UNet2DConditionModel
+def diffusers(model: Model) -> Networks:
+    unet, control = jobs.build_diffusers(model.params)
+    unet.requires_grad_(False)
 
-    unet = UNet2DConditionModel(cross_attention_dim=CONTEXT[1]).requires_grad_(False)  # the defaults are SD 1.5's
-    control = ControlNetModel(cross_attention_dim=CONTEXT[1])
+    def residuals(x, timesteps, context, hint, extra) -> tuple[list[Tensor], Tensor]:
+        return control(x, timesteps, context, hint, return_dict=False, **extra[1])
 
-    def residuals(x: Tensor, timesteps: Tensor, context: Tensor, hint: Tensor) -> tuple[list[Tensor], Tensor]:
-        return control(x, timesteps, context, hint, return_dict=False)
-
-    def both(x: Tensor, timesteps: Tensor, context: Tensor, hint: Tensor) -> Tensor:
-        down, mid = residuals(x, timesteps, context, hint)
+    def both(x, timesteps, context, hint, extra) -> Tensor:
+        down, mid = residuals(x, timesteps, context, hint, extra)
         added = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-        return unet(x, timesteps, context, **added).sample
+        return unet(x, timesteps, context, **added, **extra[1]).sample
 
-    return Networks([unet, control], both, lambda x, timesteps, context, hint: unet(x, timesteps, context), residuals)
+    def alone(x, timesteps, context, hint, extra) -> Any:
+        return unet(x, timesteps, context, **extra[1])
+
+    return Networks([unet, control], both, alone, residuals, model)
 
 
-def inputs(batch: int) -> Inputs:
-    x, hint = (torch.zeros(batch, *size, dtype=DTYPE) for size in (LATENT, HINT))
+def inputs(batch: int, model: Model) -> Inputs:
+    """x, timesteps, context, hint, and what else our networks and diffusers' take."""
+    x = torch.zeros(batch, model.params["in_channels"], model.side, model.side, dtype=DTYPE)
+    hint = torch.zeros(batch, 3, 8 * model.side, 8 * model.side, dtype=DTYPE)
     x, hint = (t.contiguous(memory_format=torch.channels_last) for t in (x, hint))
-    return x, torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, *CONTEXT, dtype=DTYPE), hint
+    context = torch.zeros(batch, TOKENS, model.params["context_dim"], dtype=DTYPE)
+    return x, torch.zeros(batch, dtype=torch.int64), context, hint, jobs.added(model.params, batch, dtype=DTYPE)
 
 
 def saved_bytes(networks: Networks) -> int:
@@ -94,7 +115,7 @@ def saved_bytes(networks: Networks) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = networks.both(*inputs(1)).float().square().mean()
+        loss = networks.both(*inputs(1, networks.model)).float().square().mean()
     assert loss.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -117,7 +138,7 @@ class OperationCounter(TorchDispatchMode):
 @torch.no_grad()
 def operations(networks: Networks) -> dict[str, int]:
     """How often each operation runs in one forward pass of both networks."""
-    arguments = inputs(1)
+    arguments = inputs(1, networks.model)
     with OperationCounter() as counter:
         networks.both(*arguments)
     return counter.counts
@@ -149,7 +170,7 @@ def _group_flops(xs: list[tuple], weights: list[tuple], *_: Any, **__: Any) -> i
 
 
 @torch.no_grad()
-def flops(network: Callable[..., Any], batch: int) -> int:
+def flops(network: Callable[..., Any], batch: int, model: Model = MODELS["sd15"]) -> int:
     """Of the matrix products, convolutions and attention of one forward pass; a multiply-add is two."""
     mapping = {
         torch.ops.cnkernels.attention: _attention_flops,
@@ -160,7 +181,7 @@ def flops(network: Callable[..., Any], batch: int) -> int:
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # a CPU's linear layers
         mapping[torch.ops.mkldnn._linear_pointwise] = _linear_flops
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        network(*inputs(batch))
+        network(*inputs(batch, model))
     return counter.get_total_flops()
 
 
@@ -182,23 +203,23 @@ def fake_networks(build: Callable[[], Networks]) -> Iterator[Networks]:
         yield networks
 
 
-def measure(build: Callable[[], Networks]) -> dict[str, float]:
+def measure(build: Callable[[Model], Networks], model: Model) -> dict[str, float]:
     say(f"counting a step of {build.__name__}")
-    with fake_networks(build) as networks:
+    with fake_networks(lambda: build(model)) as networks:
         return {
             "saved for backward, MB": saved_bytes(networks) / 1e6,
             "operations of one forward": sum(operations(networks).values()),
-            "TFLOP, U-Net": flops(networks.unet, 1) / 1e12,
-            "TFLOP, ControlNet": flops(networks.control, 1) / 1e12,
-            "TFLOP, denoise step with guidance": flops(networks.both, 2) / 1e12,
+            "TFLOP, U-Net": flops(networks.unet, 1, model) / 1e12,
+            "TFLOP, ControlNet": flops(networks.control, 1, model) / 1e12,
+            "TFLOP, denoise step with guidance": flops(networks.both, 2, model) / 1e12,
         }
 
 
-def report() -> dict[str, dict[str, float]]:
+def report(model: Model) -> dict[str, dict[str, float]]:
     """{measure: {"ours": .., "diffusers": .., "ratio": ..}}, without the last two if diffusers is absent."""
-    columns = {"ours": measure(ours)}
+    columns = {"ours": measure(ours, model)}
     if importlib.util.find_spec("diffusers") is not None:
-        columns["diffusers"] = measure(diffusers)
+        columns["diffusers"] = measure(diffusers, model)
     rows = {name: {column: values[name] for column, values in columns.items()} for name in columns["ours"]}
     for row in rows.values():
         if "diffusers" in row:
@@ -208,15 +229,18 @@ def report() -> dict[str, dict[str, float]]:
 
 EXAMPLES = """
 python -m benchmarks.device_free --json device_free.json
+python -m benchmarks.device_free --model sdxl
 """
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = command_parser("benchmarks.device_free", __doc__, EXAMPLES)
+    parser.add_argument("--model", choices=list(MODELS), default="sd15")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file, too")
     options = parser.parse_args(arguments)
-    rows = report()
-    print(f"{'SD 1.5, 512x512, bfloat16':36}{'ours':>10}{'diffusers':>12}{'ratio':>8}")
+    model = MODELS[options.model]
+    rows = report(model)
+    print(f"{f'{model.name}, {8 * model.side}x{8 * model.side}, bfloat16':36}{'ours':>10}{'diffusers':>12}{'ratio':>8}")
     for name, row in rows.items():
         cells = (f"{row[key]:.4g}" if key in row else "absent" for key in ("ours", "diffusers", "ratio"))
         print("{:36}{:>10}{:>12}{:>8}".format(name, *cells))

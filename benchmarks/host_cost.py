@@ -5,8 +5,8 @@ At one image per batch a fast GPU waits for Python. Here everything before a lau
 
     ops      one call of each op and of what it replaces in PyTorch, without and with gradients (forward and backward),
              in µs of CPU time and as multiples of F.silu of a tiny tensor
-    steps    a denoise step and a training step (forward and backward) of U-Net and ControlNet, SD 1.5's topology at a
-             tenth of its width: our model and diffusers accelerated, beside diffusers
+    steps    a denoise step and a training step (forward and backward) of U-Net and ControlNet, the topology of SD 1.5
+             or SDXL (--model) at a tenth of its width: our model and diffusers accelerated, beside diffusers
     kernels  Triton kernels compiled at a first step of SD 1.5 itself, at another batch after it, another resolution
 
 Times are CPU time of one thread. Providers take turns, and a ratio is the median of the ratios of neighbouring turns.
@@ -40,6 +40,7 @@ DTYPE = torch.float16
 CALLS = 16  # of an op in one backward pass, as there are many of each in a step
 SILUS = 100
 PARTS = ("ops", "steps", "kernels")
+TOPOLOGIES = {"sd15": jobs.TINY, "sdxl": jobs.TINY_SDXL}  # of the steps
 Call = Callable[[], Any]
 
 
@@ -167,37 +168,39 @@ def ops(times: int, turns: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _inference(build: Callable, how: str) -> Call:
+def _inference(build: Callable, how: str, params: dict[str, Any]) -> Call:
     """Guidance of one image; the hint embedding is prepared where the pipeline prepares it."""
-    return build(jobs.Job("denoise step", 1, 8, torch.float32), torch.device("cpu"), jobs.TINY, how)
+    return build(jobs.Job("denoise step", 1, 8, torch.float32), torch.device("cpu"), params, how)
 
 
-def _inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _inputs(params: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     job = jobs.Job("training step", 2, 8, torch.float32)
-    return jobs.images(job, torch.device("cpu"), jobs.TINY["context_dim"])
+    return jobs.images(job, torch.device("cpu"), params["context_dim"])
 
 
-def _training_ours() -> Call:
-    model = jobs.controlled_unet(torch.device("cpu"), jobs.TINY)
-    x, hint, t, context = _inputs()
+def _training_ours(params: dict[str, Any]) -> Call:
+    model = jobs.controlled_unet(torch.device("cpu"), params)
+    x, hint, t, context = _inputs(params)
+    extra, _ = jobs.added(params, len(x))
     parameters = list(model.trainable_parameters())
-    return _training(lambda: model(x, t, context, hint=hint), parameters)
+    return _training(lambda: model(x, t, context, hint=hint, **extra), parameters)
 
 
-def _training_diffusers(accelerated: bool) -> Call:
-    unet, control = jobs.diffusers_networks(jobs.TINY, torch.device("cpu"))
+def _training_diffusers(accelerated: bool, params: dict[str, Any]) -> Call:
+    unet, control = jobs.diffusers_networks(params, torch.device("cpu"))
     unet.requires_grad_(False)
     if accelerated:
         import controlnet
 
         controlnet.accelerate(unet)
         controlnet.accelerate(control)
-    x, hint, t, context = _inputs()
+    x, hint, t, context = _inputs(params)
+    _, extra = jobs.added(params, len(x))
 
     def forward() -> Tensor:
-        down, mid = control(x, t, context, hint, return_dict=False)
+        down, mid = control(x, t, context, hint, **extra, return_dict=False)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-        return unet(x, t, context, **residuals, return_dict=False)[0]
+        return unet(x, t, context, **residuals, **extra, return_dict=False)[0]
 
     return _training(forward, [p for p in control.parameters() if p.requires_grad])
 
@@ -228,7 +231,7 @@ def hints_given() -> Iterator[None]:
         yield
 
 
-def step_calls(training: bool) -> dict[str, Call]:
+def step_calls(training: bool, params: dict[str, Any] = jobs.TINY) -> dict[str, Call]:
     providers = {"ours": (jobs._denoise_ours, "eager")}
     if importlib.util.find_spec("diffusers") is not None:
         providers |= {
@@ -236,22 +239,22 @@ def step_calls(training: bool) -> dict[str, Call]:
             "diffusers": (jobs._denoise_diffusers, "eager"),
         }
     if not training:
-        return {name: _inference(*provider) for name, provider in providers.items()}
+        return {name: _inference(*provider, params) for name, provider in providers.items()}
     calls = {
-        "ours": _training_ours,
-        "accelerated": lambda: _training_diffusers(True),
-        "diffusers": lambda: _training_diffusers(False),
+        "ours": lambda: _training_ours(params),
+        "accelerated": lambda: _training_diffusers(True, params),
+        "diffusers": lambda: _training_diffusers(False, params),
     }
     return {name: calls[name]() for name in providers}
 
 
-def steps(turns: int) -> list[dict[str, Any]]:
+def steps(turns: int, params: dict[str, Any] = jobs.TINY) -> list[dict[str, Any]]:
     """Rows {step, provider, ms, ratio to diffusers}."""
     rows = []
     for training in (False, True):
         say(f"measuring the host's time of a {'training' if training else 'denoise'} step")
         with stub_gpu.no_arithmetic(), hints_given():
-            calls = step_calls(training)
+            calls = step_calls(training, params)
             seconds = measure(calls, 1, turns)
         for name, measured in seconds.items():
             row = {"step": "training" if training else "denoise", "provider": name}
@@ -334,7 +337,7 @@ def kernels(arch: int) -> list[dict[str, Any]]:
     return rows
 
 
-def report(parts: Iterable[str], quick: bool, arch: int) -> dict[str, list[dict[str, Any]]]:
+def report(parts: Iterable[str], quick: bool, arch: int, model: str = "sd15") -> dict[str, list[dict[str, Any]]]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     found = {}
@@ -345,7 +348,7 @@ def report(parts: Iterable[str], quick: bool, arch: int) -> dict[str, list[dict[
             with stub_gpu.no_arithmetic():
                 found["ops"] = ops(20 if quick else 200, 3 if quick else 15)
         if "steps" in parts:
-            found["steps"] = steps(3 if quick else 15)
+            found["steps"] = steps(3 if quick else 15, TOPOLOGIES[model])
     return found
 
 
@@ -366,6 +369,7 @@ def show(found: dict[str, list[dict[str, Any]]]) -> None:
 EXAMPLES = """
 python -m benchmarks.host_cost --only steps --quick
 python -m benchmarks.host_cost --json host_cost.json
+python -m benchmarks.host_cost --only steps --model sdxl
 """
 
 
@@ -373,10 +377,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = command_parser("benchmarks.host_cost", __doc__, EXAMPLES)
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
     parser.add_argument("--arch", type=int, choices=list(stub_gpu.SHARED_KIB), default=90)
+    parser.add_argument("--model", choices=list(TOPOLOGIES), default="sd15", help="topology of the steps")
     parser.add_argument("--quick", action="store_true", help="a few turns, to see that it works")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file, too")
     options = parser.parse_args(arguments)
-    found = report(options.only, options.quick, options.arch)
+    found = report(options.only, options.quick, options.arch, options.model)
     show(found)
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -34,7 +34,20 @@ SD15 = {
     "legacy": False,
     "use_flash_attention": True,
 }
+SDXL = {
+    **{key: value for key, value in SD15.items() if key != "num_heads"},
+    "attention_resolutions": [4, 2],
+    "channel_mult": [1, 2, 4],
+    "num_head_channels": 64,
+    "use_linear_in_transformer": True,
+    "transformer_depth": [0, 2, 10],
+    "context_dim": 2048,
+    "num_classes": "sequential",
+    "adm_in_channels": 2816,
+}
 TINY = {**SD15, "model_channels": 32, "context_dim": 32}  # for a CPU
+TINY_SDXL = {**SDXL, "model_channels": 32, "num_head_channels": 8, "context_dim": 32, "adm_in_channels": 88}
+POOLED, TIME_IDS = 5, 6  # SDXL's vector: the pooled caption is as wide as five sinusoids of a time id
 LOOP_STEPS = 20
 UNET_FLOPS, CONTROL_FLOPS = (
     0.8033e12,
@@ -94,30 +107,59 @@ def _denoise_ours(job: Job, device: torch.device, params: dict[str, Any], how: s
     model = controlled_unet(device, params).to(job.dtype).requires_grad_(False).eval()
     x, hint, t, context = images(job, device, params["context_dim"])
     guided_hint = model.control.encode_hint(hint)  # does not change over the loop
+    extra, _ = added(params, len(x), device=device, dtype=job.dtype)
     forward = torch.compile(model, mode="max-autotune-no-cudagraphs", fullgraph=True) if "compile" in how else model
 
     def step() -> Tensor:
         with torch.no_grad():
-            uncond, cond = forward(x, t, context, guided_hint=guided_hint).chunk(2)
+            uncond, cond = forward(x, t, context, guided_hint=guided_hint, **extra).chunk(2)
             return uncond + 7.5 * (cond - uncond)
 
     return _captured(step, device) if "graph" in how else step
 
 
+def added(params: dict[str, Any], n: int, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """SDXL's vector beside the timestep, as keyword arguments of our models and of diffusers'; none of SD 1.5."""
+    if "adm_in_channels" not in params:
+        return {}, {}
+    width = params["adm_in_channels"] // (POOLED + TIME_IDS)
+    parts = {"text_embeds": torch.zeros(n, POOLED * width, **options), "time_ids": torch.zeros(n, TIME_IDS, **options)}
+    return {"y": torch.zeros(n, params["adm_in_channels"], **options)}, {"added_cond_kwargs": parts}
+
+
 def diffusers_networks(params: dict[str, Any], device: torch.device):
     """diffusers' U-Net and ControlNet of the same size, random weights, channels_last."""
+    with device:
+        unet, control = build_diffusers(params)
+    return unet.to(memory_format=torch.channels_last), control.to(memory_format=torch.channels_last)
+
+
+def build_diffusers(params: dict[str, Any]):
+    """diffusers' U-Net and ControlNet of the size that our constructors' arguments say."""
     from diffusers import ControlNetModel, UNet2DConditionModel
 
     channels = tuple(params["model_channels"] * m for m in params["channel_mult"])
     options = {"block_out_channels": channels, "cross_attention_dim": params["context_dim"]}
-    with device:
-        unet, control = UNet2DConditionModel(**options), ControlNetModel(**options)
-    return unet.to(memory_format=torch.channels_last), control.to(memory_format=torch.channels_last)
+    blocks = {}  # by default SD 1.5's
+    if "adm_in_channels" in params:
+        depths = params["transformer_depth"]
+        options |= {
+            "down_block_types": tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths),
+            "transformer_layers_per_block": [max(1, depth) for depth in depths],
+            "attention_head_dim": [c // params["num_head_channels"] for c in channels],  # the number of heads
+            "use_linear_projection": params["use_linear_in_transformer"],
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": params["adm_in_channels"] // (POOLED + TIME_IDS),
+            "projection_class_embeddings_input_dim": params["adm_in_channels"],
+        }
+        blocks["up_block_types"] = tuple(t.replace("Down", "Up") for t in reversed(options["down_block_types"]))
+    return UNet2DConditionModel(**options, **blocks), ControlNetModel(**options)
 
 
 def _denoise_diffusers(job: Job, device: torch.device, params: dict[str, Any], how: str) -> Callable[[], Tensor]:
     unet, control = (m.to(job.dtype).requires_grad_(False).eval() for m in diffusers_networks(params, device))
     x, hint, t, context = images(job, device, params["context_dim"])
+    _, extra = added(params, len(x), device=device, dtype=job.dtype)
     if "accelerate" in how:
         import controlnet
 
@@ -135,9 +177,9 @@ def _denoise_diffusers(job: Job, device: torch.device, params: dict[str, Any], h
 
     def step() -> Tensor:
         with torch.no_grad():
-            down, mid = control(x, t, context, hint, conditioning_scale=1.0, return_dict=False)
+            down, mid = control(x, t, context, hint, conditioning_scale=1.0, **extra, return_dict=False)
             residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-            uncond, cond = unet(x, t, context, **residuals, return_dict=False)[0].chunk(2)
+            uncond, cond = unet(x, t, context, **residuals, **extra, return_dict=False)[0].chunk(2)
             return uncond + 7.5 * (cond - uncond)
 
     return step

@@ -1,4 +1,4 @@
-"""The ops as benchmark cases: SD 1.5's shapes, the least bytes and FLOPs, and every provider of the same result."""
+"""The ops as benchmark cases: shapes of SD 1.5 and SDXL, the least bytes and FLOPs, every provider of each result."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -69,8 +69,14 @@ def _image(device: torch.device, dtype: torch.dtype, layout: str, *shape: int) -
     return randn(device, dtype, *shape).contiguous(memory_format=fmt)
 
 
-# B, H, Sq, Sk, D at batch 1 (SD 1.5): self-attention of the four levels, cross-attention to 77 tokens.
-ATTENTION = [(8, s, k, d) for s, d in ((4096, 40), (1024, 80), (256, 160), (64, 160)) for k in (s, 77)]
+# H, Sq, Sk, D: self-attention of the levels, and cross-attention to 77 tokens. SD 1.5's four, then SDXL's two.
+ATTENTION = [
+    (heads, queries, keys, dim)
+    for heads, queries, dim in (
+        (8, 4096, 40), (8, 1024, 80), (8, 256, 160), (8, 64, 160), (10, 4096, 64), (20, 1024, 64),
+    )
+    for keys in (queries, 77)
+]  # fmt: skip
 
 
 def attention(batch: int, dtype: torch.dtype, direction: str, small: bool) -> Iterator[Case]:
@@ -99,9 +105,9 @@ def attention(batch: int, dtype: torch.dtype, direction: str, small: bool) -> It
         )
 
 
-# C, H = W of every GroupNorm + SiLU of the U-Net.
+# C, H = W of every GroupNorm + SiLU of the U-Net: SD 1.5's, then those that SDXL adds.
 GROUP_NORM = [(320, 64), (640, 64), (960, 64), (640, 32), (960, 32), (1280, 32), (1920, 32), (1280, 16), (2560, 16),
-              (1280, 8), (2560, 8)]  # fmt: skip
+              (1280, 8), (2560, 8), (320, 128), (640, 128), (960, 128), (1280, 64), (1920, 64), (2560, 32)]  # fmt: skip
 
 
 def group_norm_silu(batch: int, dtype: torch.dtype, direction: str, small: bool) -> Iterator[Case]:
@@ -133,7 +139,8 @@ def group_norm_silu(batch: int, dtype: torch.dtype, direction: str, small: bool)
             )
 
 
-ZERO_CONV = [(320, 64), (320, 32), (640, 32), (640, 16), (1280, 16), (1280, 8)]
+# C, H = W of the ControlNet's exits: SD 1.5's, then those that SDXL adds.
+ZERO_CONV = [(320, 64), (320, 32), (640, 32), (640, 16), (1280, 16), (1280, 8), (320, 128), (640, 64), (1280, 32)]
 
 
 def zero_conv_add(batch: int, dtype: torch.dtype, direction: str, small: bool) -> Iterator[Case]:
@@ -165,7 +172,8 @@ def zero_conv_add(batch: int, dtype: torch.dtype, direction: str, small: bool) -
             )
 
 
-GEGLU = [(4096, 1280), (1024, 2560), (256, 5120), (64, 5120)]
+# Tokens, and features after the gate: SD 1.5's, then SDXL's.
+GEGLU = [(4096, 1280), (1024, 2560), (256, 5120), (64, 5120), (4096, 2560), (1024, 5120)]
 
 
 def geglu(batch: int, dtype: torch.dtype, direction: str, small: bool) -> Iterator[Case]:
@@ -197,7 +205,7 @@ OPS = {function.__name__: function for function in (attention, group_norm_silu, 
 
 
 def cases(ops: list[str], batches: list[int], dtypes: list[torch.dtype], small: bool) -> Iterator[Case]:
-    """Every case of the ops named; `small` replaces SD 1.5's shapes by ones that a CPU gets through."""
+    """Every case of the ops named; `small` replaces these shapes by ones that a CPU gets through."""
     for op in ops:
         for batch in batches:
             for dtype in dtypes:

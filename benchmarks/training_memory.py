@@ -1,9 +1,9 @@
-"""Memory and FLOPs of a training step of SD 1.5's size by recipe: `python -m benchmarks.training_memory [--json FILE]`.
+"""Memory and FLOPs of a training step by recipe: `python -m benchmarks.training_memory [--model sdxl] [--json FILE]`.
 
-Counted on fake tensors, without a device: 512x512, bfloat16, the U-Net locked. Weights (with autocast's copies),
-gradients, state of the optimizer, average, frozen stages, and what autograd keeps for the backward pass. Not counted:
-workspaces of single operations, the allocator's rounding, and the CUDA context, together 1 to 2 GB. The last line is
-what encoded shards (`python -m controlnet.encode`) leave of the FLOPs of a step.
+Counted on fake tensors, without a device: SD 1.5 at 512x512 or SDXL at 1024x1024, bfloat16, the U-Net locked. Weights
+(with autocast's copies), gradients, state of the optimizer, average, frozen stages, and what autograd keeps for the
+backward pass. Not counted: workspaces of single operations, the allocator's rounding, and the CUDA context, together 1
+to 2 GB. The last line is what encoded shards (`python -m controlnet.encode`) leave of the FLOPs of a step.
 """
 
 import json
@@ -16,16 +16,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.device_free import Networks, fake_networks, flops, saved_bytes
-from benchmarks.jobs import SD15
+from benchmarks.device_free import MODELS, Model, fake_networks, flops, ours, saved_bytes
 from cnkernels.progress import say
 from controlnet.common.command import parser as command_parser
-from controlnet.model.controlled import ControlledUNet
-from controlnet.model.controlnet import ControlNet
-from controlnet.model.unet import UNet
 
 GB = 1e9
-TEXT_ENCODER = 123_060_480  # weights of CLIP ViT-L/14's text part
+# Weights of the text encoders: CLIP ViT-L/14's, for SDXL with OpenCLIP ViT-bigG/14's beside it.
+TEXT_ENCODERS = {"sd15": 123_060_480, "sdxl": 123_060_480 + 694_659_840}
 BACKWARD = 2  # of a product's FLOPs forward, for both gradients; the locked encoder has none, the decoder one
 
 
@@ -53,19 +50,12 @@ RECIPES = (
 )
 
 
-def networks(checkpointing: bool) -> Networks:
-    options = {**SD15, "use_checkpoint": checkpointing}
-    model = ControlledUNet(UNet(**options, out_channels=4), ControlNet(**options, hint_channels=3))
-    unet, control = model.unet, model.control
-    return Networks([model], model, lambda x, t, c, hint: unet(x, t, c), lambda x, t, c, hint: control(x, hint, t, c))
-
-
 def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def first_stage() -> tuple[int, int, float]:
-    """Weights of encoder and decoder, and the FLOPs of encoding one image."""
+def first_stage(side: int) -> tuple[int, int, float]:
+    """Weights of encoder and decoder, and the FLOPs of encoding one image of `side` pixels."""
     from diffusers import AutoencoderKL
 
     levels = 4
@@ -78,22 +68,23 @@ def first_stage() -> tuple[int, int, float]:
             latent_channels=4,
         )
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            vae.encoder(torch.zeros(1, 3, 512, 512))
+            vae.encoder(torch.zeros(1, 3, side, side))
     return count(vae.encoder), count(vae.decoder), counter.get_total_flops()
 
 
-def measure() -> dict[str, object]:
-    """All that the table is made of."""
-    found: dict[str, object] = {}
+def measure(name: str) -> dict[str, object]:
+    """All that the table is made of, of one of `MODELS`."""
+    model: Model = MODELS[name]
+    found: dict[str, object] = {"text": TEXT_ENCODERS[name]}
     for checkpointing in (False, True):
         say(f"counting a training step {'with' if checkpointing else 'without'} activation checkpointing")
-        with fake_networks(lambda: networks(checkpointing)) as built:  # noqa: B023
-            model = built.modules[0]
-            found["locked"], found["trained"] = count(model.unet), count(model.control)
+        with fake_networks(lambda: ours(model, use_checkpoint=checkpointing)) as built:  # noqa: B023
+            (controlled,) = built.modules
+            found["locked"], found["trained"] = count(controlled.unet), count(controlled.control)
             found[f"saved, checkpointing {checkpointing}"] = saved_bytes(built)
             if not checkpointing:
-                unet, control = flops(built.unet, 1), flops(built.control, 1)
-    encoder, decoder, encoding = first_stage()
+                unet, control = (flops(network, 1, model) for network in (built.unet, built.control))
+    encoder, decoder, encoding = first_stage(8 * model.side)
     found |= {"encoder": encoder, "decoder": decoder, "TFLOP, encoding": encoding / 1e12}
     found |= {"TFLOP, U-Net": unet / 1e12, "TFLOP, ControlNet": control / 1e12}
     return found
@@ -107,7 +98,7 @@ def bytes_of(recipe: Recipe, found: dict[str, object]) -> dict[str, float]:
         "gradients": 4 * trained,
         "optimizer": recipe.state_bytes * trained / recipe.ranks_of_zero,
         "average": 4 * trained if recipe.average else 0,
-        "stages": stages + 2 * TEXT_ENCODER,
+        "stages": stages + 2 * found["text"],
         "activations": recipe.batch * found[f"saved, checkpointing {recipe.checkpointing}"],
     }
 
@@ -133,14 +124,16 @@ def share_of_encoded(found: dict[str, object]) -> float:
 
 EXAMPLES = """
 python -m benchmarks.training_memory --json memory.json
+python -m benchmarks.training_memory --model sdxl
 """
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = command_parser("benchmarks.training_memory", __doc__, EXAMPLES)
+    parser.add_argument("--model", choices=list(MODELS), default="sd15")
     parser.add_argument("--json", type=Path, help="file for what was counted")
     options = parser.parse_args(arguments)
-    found = measure()
+    found = measure(options.model)
     print(table(found))
     print(f"\nFLOPs of a step on encoded shards: {share_of_encoded(found):.2f} of one on images")
     if options.json:

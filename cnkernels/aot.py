@@ -210,7 +210,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m cnkernels.aot",
         description="Compiles every Triton kernel without a GPU, and prints its registers, spills and instructions.",
-        epilog="example:\n  python -m cnkernels.aot --arch 90 --op group_norm_silu --every 20",
+        epilog="examples:\n  python -m cnkernels.aot --arch 90 --op group_norm_silu --every 20\n"
+        "  python -m cnkernels.aot --model sdxl --train --gpu all --json prediction.json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--arch", type=int, action="append", choices=list(ARCHITECTURES), help="default: all")

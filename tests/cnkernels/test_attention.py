@@ -14,6 +14,8 @@ SHAPES = [  # B, H, Sq, Sk, D
     pytest.param(2, 1, 65, 77, 40, id="d40-text"),
     pytest.param(1, 1, 63, 65, 80, id="d80"),
     pytest.param(1, 1, 64, 64, 160, id="d160-one-tile"),
+    pytest.param(1, 1, 65, 270, 64, id="d64-self-several-tiles"),
+    pytest.param(1, 2, 33, 77, 64, id="d64-text"),
     pytest.param(1, 2, 1, 77, 64, id="one-query"),
     pytest.param(2, 1, 77, 1, 8, id="one-key"),
 ]

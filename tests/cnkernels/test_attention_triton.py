@@ -63,12 +63,12 @@ def test_keys_that_stream(keys, dtype):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, indirect=True)
-@pytest.mark.parametrize("dim", [40, 80, 160, 256])
+@pytest.mark.parametrize("dim", [40, 64, 80, 160, 256])
 def test_tiles_of_each_gpu(dim, capability):
     compare(inputs(1, 1, 33, 300, dim))
 
 
-@pytest.mark.parametrize("dim", [40, 72, 168])
+@pytest.mark.parametrize("dim", [40, 64, 72, 168])
 def test_long_tiles_once_there_are_many(dim, monkeypatch):
     """The tiles of many programs, on two of them: the interpreter runs one after the other."""
     config = triton_forward.forward_config

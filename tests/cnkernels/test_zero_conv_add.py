@@ -88,6 +88,15 @@ def test_equals_pytorch(shape, layout, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_weight_gradient_in_the_largest_tiles(dtype, backend):
+    """As SDXL's exits of 128x128 have it: so many pixels that tiles of 128x128 fill a GPU in splits."""
+    tensors = inputs(1, 8, 8, 65, 64)
+    sums = reductions(1, 8, 65, 64)
+    harness.compare(fused(), eager(), tensors, dtype, backend, arrange=harness.channels_last, reductions=sums)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_scale_on_the_device(kind, layout, backend):

@@ -1,14 +1,16 @@
 """python -m cnkernels.aot: every Triton kernel compiled without a GPU, and what became of it.
 
 Each op's `triton_kernels.aot_cases()` names its kernels as Stable Diffusion 1.5 launches them: their types, constants
-and warps. They are compiled for one GPU of each generation, and the machine code is read back: registers, spills,
-shared memory, 16-byte loads, whether the products run on that generation's matrix units, and whether a Python float was
-taken for float64. `loop` is the number of instructions in one turn of the inner loop of a warp.
+and warps; what XL launches beside these is found by its calls. They are compiled for one GPU of each generation, and
+the machine code is read back: registers, spills, shared memory, 16-byte loads, whether the products run on that
+generation's matrix units, and whether a Python float was taken for float64. `loop` is the number of instructions in one
+turn of the inner loop of a warp.
 
 With --model, the launches of a step of a model instead, and what each is predicted to cost (`cnkernels.aot_predict`).
 """
 
 import argparse
+import functools
 import importlib
 import json
 import multiprocessing
@@ -18,14 +20,15 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cnkernels import aot_sass
 from cnkernels.aot_case import AotCase
 from cnkernels.aot_gpus import GPUS
-from cnkernels.aot_model import MODELS
+from cnkernels.aot_model import MODELS, OpCall, launches_of
 from cnkernels.dispatch import OPS
+from cnkernels.tune.calls import of_model
 
 
 @dataclass(frozen=True)
@@ -92,15 +95,28 @@ HEADER = (
 )
 
 
+@functools.cache
 def cases(op: str, arch: int) -> list[AotCase]:
-    """The op's cases on that architecture, one of each binary."""
+    """The op's cases on that architecture, one of each binary: what its module names, and what SDXL adds."""
     module = importlib.import_module(f"cnkernels.{op}.triton_kernels")
+    named = (case if isinstance(case, AotCase) else AotCase(*case) for case in module.aot_cases())
     distinct = {}
-    for case in module.aot_cases():
-        case = case if isinstance(case, AotCase) else AotCase(*case)
-        if case.archs is None or arch in case.archs:
-            distinct.setdefault(case.key, case)
+    for case in (*(case for case in named if case.archs is None or arch in case.archs), *_cases_of_sdxl(op, arch)):
+        distinct.setdefault(replace(case, archs=None).key, case)
     return list(distinct.values())
+
+
+def _cases_of_sdxl(op: str, arch: int) -> Iterator[AotCase]:
+    """As its launchers launch a training step of Stable Diffusion XL."""
+    import torch
+
+    for call in of_model("sdxl", torch.float16, training=True):
+        if call.op == op:
+            made = OpCall(op, call.arguments)
+            for launch, operands in launches_of(made, arch, call.gradients):
+                name = launch.kernel.__name__
+                products = op in ("attention", "zero_conv_add") and "sum" not in name
+                yield launch.case(f"{name.strip('_').removesuffix('_kernel')} {made.shape} SDXL", operands, products)
 
 
 def compiled(case: AotCase, arch: int) -> object:

@@ -5,7 +5,7 @@ launchers, on CPU tensors that stand for a GPU's, and its launches are kept inst
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from cnkernels import dispatch, plans, register
-from cnkernels.launch import BoundLaunch, Launch
+from cnkernels.launch import Launch
 from cnkernels.tune.calls import Spec
 
 MODELS = {"sd15": "sd15_seg", "sd21": "sd21", "sdxl": "sdxl_seg"}  # name -> configuration that controlnet ships
@@ -177,13 +177,18 @@ def _step(name: str, batch: int, training: bool) -> Callable[[], None]:
     return step
 
 
-def launches_of(call: OpCall, arch: int) -> list[tuple[Launch, dict[str, object]]]:
-    """The Triton launches of a call on a GPU of `arch`, such as 90, in order, each with its operands by name."""
+def launches_of(call: OpCall, arch: int, gradients: Sequence[bool] = ()) -> list[tuple[Launch, dict[str, object]]]:
+    """The Triton launches of a call on a GPU of `arch`, such as 90, in order, each with its operands by name.
+
+    Args:
+        call: the call.
+        arch: compute capability as a number.
+        gradients: which arguments are to get gradients, by launches that follow those of the call itself.
+    """
     made = []
 
-    def keep(bound, operands):
-        launch = bound._launch
-        made.append((launch, dict(zip(launch.operands, bound._pick(operands), strict=True))))
+    def keep(launch, *operands):
+        made.append((launch, dict(zip(launch.operands, operands, strict=True))))
 
     def stand_in(value):
         if isinstance(value, Spec):  # nothing is read or written, so no memory is used
@@ -194,13 +199,20 @@ def launches_of(call: OpCall, arch: int) -> list[tuple[Launch, dict[str, object]
 
     with ExitStack() as stack:
         for target, name, replacement in (
-            (BoundLaunch, "__call__", keep),
+            (Launch, "__call__", keep),
             (dispatch, "_triton_absent", lambda device: None),
             (triton_kernels, "compute_capability", lambda tensor: arch // 10),
         ):
             stack.enter_context(mock.patch.object(target, name, replacement))
         stack.enter_context(dispatch.backend("triton"))
         plans.forget()  # of another architecture
-        getattr(torch.ops.cnkernels, call.name)(*map(stand_in, call.arguments))
+        arguments = list(map(stand_in, call.arguments))
+        for argument, needed in zip(arguments, gradients, strict=False):
+            if needed:
+                argument.requires_grad_()
+        out = getattr(torch.ops.cnkernels, call.name)(*arguments)
+        if any(gradients):
+            out = out if isinstance(out, Tensor) else out[0]
+            out.backward(torch.empty_like(out))
         plans.forget()  # they would launch on a CPU
     return made

@@ -1,6 +1,9 @@
-"""oneDNN's matrix product with an activation in its epilogue: the fastest on a CPU, and PyTorch's compiler's own.
+"""oneDNN's matrix products on a CPU, with an activation or a residual in the epilogue: PyTorch's compiler's own.
 
-`torch.nn.functional.linear` gives float32 to MKL, which runs it at half the speed of oneDNN on some CPUs.
+`torch.nn.functional.linear` gives float32 to MKL, which takes up to twice oneDNN's time on some CPUs. But oneDNN adds
+the K products of an element in one chain, whose rounding error grows with K; MKL adds blocks of some hundreds. With
+more than `CHAIN` products every function here leaves float32 to MKL: the sum of oneDNN's products of blocks is as
+accurate, but takes longer than MKL's product where that is not much slower than oneDNN's.
 """
 
 import functools
@@ -9,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+CHAIN = 384  # float32 products in one chain: of 320 they have 1.4 times the error of MKL's, of 640 up to 1.9 times
+
 
 def serves(tensor: Tensor) -> bool:
-    """Whether `linear` runs on oneDNN for tensors of this device and dtype, natively."""
+    """Whether the functions of this module run natively for tensors of this device and dtype."""
     return tensor.device.type == "cpu" and tensor.dtype in _dtypes()
 
 
@@ -23,15 +28,22 @@ def _dtypes() -> frozenset[torch.dtype]:
     return frozenset({torch.float32} | half)
 
 
+def _accurate(x: Tensor, depth: int) -> bool:
+    """Whether oneDNN serves x, and adds few enough products; sums in bfloat16 are rounded to 8 bits in the end."""
+    return serves(x) and (depth <= CHAIN or x.dtype != torch.float32)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K], weight [N, K], bias [N] or None, all of one dtype -> x @ weight^T + bias, [..., N]."""
-    if not serves(x):
+    if not _accurate(x, x.shape[-1]):
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """residual + linear(x), the residual [..., N] added to the float32 accumulators; where `serves(x)`."""
+    if not _accurate(x, x.shape[-1]):
+        return F.linear(x, weight, bias).add_(residual)
     _let_fake_tensors_through()
     return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
 
@@ -53,4 +65,9 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [N, Cin, H, W], weight [Cout, Cin, 1, 1] -> [N, Cout, H, W]; F.conv2d leaves oneDNN out of a single thread."""
     if not serves(x):
         return F.conv2d(x, weight, bias)
+    if not _accurate(x, x.shape[1]):
+        matrix = weight.flatten(1).expand(x.shape[0], -1, -1)
+        y = x.flatten(2)
+        y = torch.bmm(matrix, y) if bias is None else torch.baddbmm(bias[:, None], matrix, y)
+        return y.view(x.shape[0], -1, *x.shape[2:])
     return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, [0, 0], [1, 1], [1, 1], 1, "none", [], "")

@@ -1,25 +1,30 @@
-"""Attention of PyTorch's own kernels. On a CPU: blocks of scores that stay in the cache, head by head, in float32.
+"""Attention of PyTorch's own kernels. On a CPU its flash attention forward, and backward head by head in float32.
 
-Small heads go all together, by the reference's formulas.
+Results that are not finite are computed again by the reference's formulas, all heads together: flash attention has NaN
+in other places. Its backward is not used: it takes probabilities from the rounded log-sum-exp.
 
-PyTorch's flash attention for the CPU is neither as fast nor within the tests' rule: its exp is approximate, and its
-backward takes probabilities from the rounded log-sum-exp.
+In bfloat16 most of the time goes into exponentials and their passes over memory; `_fwd_fused` has none, where the CPU
+has products of bfloat16. Softmax needs exp(s - c) with any c of a row, if nothing overflows and nothing that counts
+underflows; for t well below zero sigmoid(t) is exp(t); and oneDNN takes a sigmoid of a product's accumulators. So
+exp(s - c) comes out of the product q k^T itself, where c is one more column of q beside a column of ones of k. In
+float32 this would lose the digits that s - c has before its point.
 
-In bfloat16 most of the time would go into exponentials and their passes over memory; `_fwd_fused` has none. Softmax
-needs exp(s - c) with any c of a row, if nothing overflows and nothing that counts underflows; for t well below zero
-sigmoid(t) is exp(t); and oneDNN takes a sigmoid of a product's accumulators. So exp(s - c) comes out of the product
-q k^T itself, where c is one more column of q beside a column of ones of k. In float32 this would lose the digits that
-s - c has before its point, and softmax has a pass of its own.
+Which is faster depends on the processor and on how busy its caches are: a rule decides, or `cnkernels.tune`.
 """
 
+import itertools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cnkernels import onednn
 from cnkernels.attention import reference
+from cnkernels.configurations import rule
 
+_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BLOCK = 1 << 19  # scores of one block, for each thread
 _MANY = 512  # fewer queries or keys do not repay what `_fused_operands` costs
 _DEPTH = 8.0  # sigmoid(t) for t <= -8 is exp(t) to a fifth of a rounding of bfloat16
@@ -30,23 +35,35 @@ _EVEN = 256.0  # up to here bfloat16 rounds c by no more than a half
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    if _go_together(q, k):
+    return attention_fwd_plan(q, k, v, scale)(q, k, v, scale)
+
+
+def attention_fwd_plan(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The implementation for tensors like these."""
+    if q.device.type != "cpu":
+        return _fwd_together
+    return _fwd_fused if implementation_of(q, k).fused else _fwd_flash
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Of a forward pass on a CPU."""
+
+    fused: bool  # else PyTorch's flash attention
+
+
+@rule("attention on a CPU", lambda own, *_: [Implementation(False)] if own.fused else [])
+def implementation_of(q: Tensor, k: Tensor) -> Implementation:
+    """Fused in bfloat16, where the CPU has products of it, for many queries and keys."""
+    many = min(q.shape[1], k.shape[1]) >= _MANY
+    return Implementation(q.dtype == torch.bfloat16 and onednn.serves(q) and many)
+
+
+def _fwd_flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = _flash_attention(*(t.transpose(1, 2) for t in (q, k, v)), scale=scale)
+    if not (lse.sum() + out.sum(dtype=torch.float32)).isfinite().item():
         return _fwd_together(q, k, v, scale)
-    out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    if q.dtype == torch.bfloat16 and onednn.serves(q) and min(q.shape[1], k.shape[1]) >= _MANY:
-        *operands, fusible = _fused_operands(q, k, v, scale)
-        fusible = fusible.tolist()
-    else:
-        operands, fusible = (), [[False] * q.shape[2]] * q.shape[0]
-    for b in range(q.shape[0]):
-        for h in range(q.shape[2]):
-            results = out[b, :, h], lse[b, h]
-            if fusible[b][h]:
-                _fwd_fused(*(t[b, h] for t in operands), *results)
-            else:
-                _fwd_plain(*(t[b, :, h] for t in (q, k, v)), scale, *results)
-    return out, lse
+    return out.transpose(1, 2).contiguous(), lse.contiguous()
 
 
 def attention_bwd(
@@ -69,16 +86,6 @@ def attention_bwd(
 def _go_together(q: Tensor, k: Tensor) -> bool:
     """Whether all heads go together: on another device, and where a head is small."""
     return q.device.type != "cpu" or q.shape[1] * k.shape[1] < _FEW
-
-
-def _fwd_plain(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
-    """One head: q, k, v and out [S, D], lse [Sq]."""
-    q, k, values = (t.float().contiguous() for t in (q, k, v.t()))
-    for block in _blocks(q, k):
-        scores = onednn.linear(q[block], k).mul_(scale)  # [rows, Sk]; a scaled q would be rounded
-        p = torch.softmax(scores, 1)
-        out[block] = onednn.linear(p, values)
-        torch.sub(scores.amax(1), p.amax(1).log_(), out=lse[block])
 
 
 def _bwd_of_head(
@@ -108,6 +115,21 @@ def _blocks(q: Tensor, k: Tensor) -> list[slice]:
     return [slice(first, first + rows) for first in range(0, q.shape[0], rows)]
 
 
+def _fwd_fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    *operands, fusible = _fused_operands(q, k, v, scale)
+    if not fusible.any():
+        return _fwd_flash(q, k, v, scale)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    for (b, h), fits in zip(itertools.product(*map(range, lse.shape[:2])), fusible.flatten().tolist(), strict=True):
+        if fits:
+            _fused_head(*(t[b, h] for t in operands), out[b, :, h], lse[b, h])
+        else:
+            one = (slice(b, b + 1), slice(None), slice(h, h + 1))
+            out[one], lse[b : b + 1, h : h + 1] = _fwd_flash(q[one], k[one], v[one], scale)
+    return out, lse
+
+
 def _fused_operands(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What the fused products multiply, and for which heads they may.
 
@@ -134,7 +156,7 @@ def _fused_operands(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
     return queries, keys, values, c.float(), in_range & values.isfinite().all(3).all(2)
 
 
-def _fwd_fused(queries: Tensor, keys: Tensor, values: Tensor, c: Tensor, out: Tensor, lse: Tensor) -> None:
+def _fused_head(queries: Tensor, keys: Tensor, values: Tensor, c: Tensor, out: Tensor, lse: Tensor) -> None:
     """One head of `_fused_operands`; out [Sq, D], lse [Sq]."""
     for block in _blocks(queries, keys):
         p = onednn.linear_sigmoid(queries[block], keys)  # [rows, Sk]: exp(s - c)

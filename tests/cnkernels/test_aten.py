@@ -16,7 +16,7 @@ on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="a path of the CPU")
 
 @pytest.fixture(params=[True, False], ids=["bfloat16-products", "no-bfloat16-products"])
 def fused_path(request, monkeypatch):
-    """The way of a head that can be fused: its own on a CPU with products of bfloat16, the plain one on any other.
+    """The way of a head that can be fused: its own on a CPU with products of bfloat16, flash attention on any other.
 
     What the latter's users get is tested on every CPU.
     """
@@ -24,14 +24,14 @@ def fused_path(request, monkeypatch):
         monkeypatch.setattr(onednn, "_dtypes", lambda: frozenset({torch.float32}))
     elif not onednn.serves(torch.empty(0, dtype=torch.bfloat16)):
         pytest.skip("this CPU has no products of bfloat16")
-    return "_fwd_fused" if request.param else "_fwd_plain"
+    return "_fused_head" if request.param else "_fwd_flash"
 
 
 @pytest.fixture
 def paths(monkeypatch):
-    """Which way each head of attention went, forward."""
+    """Which ways were taken, forward: of each head that is fused, and of the call otherwise."""
     taken = []
-    for name in ("_fwd_fused", "_fwd_plain"):
+    for name in ("_fused_head", "_fwd_flash"):
         original = getattr(attention, name)
         monkeypatch.setattr(attention, name, lambda *a, f=original, n=name: taken.append(n) or f(*a))
     return taken
@@ -87,7 +87,7 @@ def test_attention_that_cannot_be_fused_is_not(what, paths):
     else:
         k[0, 500, 0, 3] = torch.nan
     harness.compare(fused(), eager(), [q, k, v], torch.bfloat16, "aten", backward=False)
-    assert set(paths) == {"_fwd_plain"}
+    assert set(paths) == {"_fwd_flash"}
 
 
 @on_cpu
@@ -95,7 +95,7 @@ def test_each_head_goes_its_own_way(fused_path, paths):
     q, k, v = inputs(1, 2, 520, 600, 40)
     q[:, :, 1] *= 10
     harness.compare(fused(), eager(), [q, k, v], torch.bfloat16, "aten", backward=False)
-    assert paths == [fused_path, "_fwd_plain"]
+    assert paths == (["_fused_head", "_fwd_flash"] if fused_path == "_fused_head" else ["_fwd_flash"])
 
 
 @on_cpu
@@ -116,7 +116,7 @@ def test_attention_head_by_head(batch, heads, queries, keys, dim, dtype, monkeyp
     """The shared tests' shapes, on the path of larger ones."""
     monkeypatch.setattr(attention, "_FEW", 0)
     harness.compare(fused(), eager(), inputs(batch, heads, queries, keys, dim), dtype, "aten")
-    assert paths == ["_fwd_plain"] * (batch * heads)
+    assert paths == ["_fwd_flash"]
 
 
 @on_cpu
@@ -194,3 +194,48 @@ def test_float64_is_left_to_the_reference(op):
     with cnkernels.backend("auto"):
         assert dispatch.select(op, torch.device("cpu"), torch.float64) == "reference"
     assert "float64" in dispatch.why_not(op, "aten", torch.device("cpu"), torch.float64)
+
+
+PRODUCTS = {
+    "linear": (onednn.linear, F.linear, 3),
+    "linear_add": (onednn.linear_add, lambda x, w, b, r: r + F.linear(x, w, b), 4),
+    "conv1x1": (
+        lambda x, w, b: onednn.conv1x1(x.t()[None, :, :, None].contiguous(), w[:, :, None, None], b),
+        lambda x, w, b: F.conv2d(x.t()[None, :, :, None].contiguous(), w[:, :, None, None], b),
+        3,
+    ),
+    "conv1x1 without bias": (
+        lambda x, w: onednn.conv1x1(x.t()[None, :, :, None].contiguous(), w[:, :, None, None]),
+        lambda x, w: F.conv2d(x.t()[None, :, :, None].contiguous(), w[:, :, None, None]),
+        2,
+    ),
+}
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("depth", [320, onednn.CHAIN, 640, 1280, 5120])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_s_error_does_not_grow_with_its_depth(name, depth, dtype):
+    """oneDNN adds all products of an element in one chain; PyTorch's, by MKL, has half its error from 1000 on."""
+    ours, peer, count = PRODUCTS[name]
+    tensors = [t.to(dtype) for t in (randn(1000, depth), randn(24, depth), randn(24), randn(1000, 24))[:count]]
+    judge = harness.Eager(peer, tensors, None)
+    judge.assert_by_rule(0, name, ours(*tensors))
+
+
+@on_cpu
+@pytest.mark.parametrize("layout", [harness.as_is, harness.channels_last])
+def test_zero_convolutions_of_many_channels(layout):
+    tensors = [randn(2, 1280, 8, 8), randn(1280, 1280, 1, 1, scale=1280**-0.5), randn(1280), randn(2, 1280, 8, 8)]
+
+    def twin(x, weight, bias, residual):
+        return residual + F.conv2d(x, weight, bias)
+
+    terms = {1: 128, 2: 128}
+    harness.compare(cnkernels.zero_conv_add, twin, tensors, torch.float32, "aten", arrange=layout, reductions=terms)
+
+
+@on_cpu
+def test_gradients_of_attention_over_many_keys():
+    harness.compare(fused(), eager(), inputs(1, 1, 80, 3000, 40), torch.float32, "aten")

@@ -1,7 +1,8 @@
 """Group norm, addend before and SiLU after, of PyTorch's own CPU kernels; the reference on any other device.
 
 native_group_norm takes the variance of a channels_last tensor as E[x^2] - E[x]^2, which cancels where the mean is
-large. There the moments are those of each channel, by batch norm's two passes, and the groups' follow from them.
+large, and in float32 is less accurate than its own variance of a contiguous one anywhere. There the moments are those
+of each channel, by batch norm's two passes, and the groups' follow from them.
 """
 
 import torch
@@ -26,16 +27,19 @@ def group_norm_silu_fwd(
     if x.device.type != "cpu":
         # Elsewhere native_group_norm returns the statistics of half precision inputs in half precision.
         return reference.group_norm_silu_fwd(x, groups, weight, bias, eps, activation, addend)
+    given = weight, bias, eps, activation, addend
     weight, bias, addend = _wide(x, weight, bias, addend)
-    if layout.is_channels_last(x):
-        mean, rstd = _statistics(x, groups, eps, addend)
-        far = _far(mean, rstd)
-        y = None if far else _normalised(x, mean, rstd, weight, bias, addend)
-    else:
+    channels_last = layout.is_channels_last(x)
+    by_channel = channels_last and x.dtype == torch.float32
+    if not by_channel:
         y, mean, rstd = torch.native_group_norm(_shifted(x, addend), weight, bias, *_sizes(x), groups, eps)
-        far = _far(mean, rstd)
-    if far:
-        return reference.group_norm_silu_fwd(x, groups, weight, bias, eps, activation, addend)
+        by_channel = channels_last and _mean_dominates(mean, rstd, 8)
+    if by_channel:
+        mean, rstd = _statistics(x, groups, eps, addend)
+    if _mean_dominates(mean, rstd):
+        return reference.group_norm_silu_fwd(x, groups, *given)
+    if by_channel:
+        y = _normalised(x, mean, rstd, weight, bias, addend)
     if activation == "silu":
         torch.ops.aten.silu_(y)
     return y, mean, rstd
@@ -53,7 +57,7 @@ def group_norm_silu_bwd(
     addend: Tensor | None,
     need: tuple[bool, bool, bool, bool],
 ) -> Gradients:
-    if x.device.type != "cpu" or _far(mean, rstd):
+    if x.device.type != "cpu" or _mean_dominates(mean, rstd):
         return reference.group_norm_silu_bwd(dy, x, groups, weight, bias, mean, rstd, activation, addend, need)
     wide_weight, wide_bias, wide_addend = _wide(x, weight, bias, addend)
     dz = dy
@@ -90,9 +94,9 @@ def _statistics(x: Tensor, groups: int, eps: float, addend: Tensor | None) -> tu
     return mean_of_group.float(), rstd.float()
 
 
-def _far(mean: Tensor, rstd: Tensor) -> bool:
-    """Whether a mean is so many deviations from zero that x * scale + shift, as both kernels have it, would cancel."""
-    return bool((mean * rstd).abs().amax() > 64)
+def _mean_dominates(mean: Tensor, rstd: Tensor, deviations: float = 64) -> bool:
+    """Whether a mean is so many standard deviations from zero that x * scale + shift would cancel."""
+    return bool((mean * rstd).abs().amax() > deviations)
 
 
 def _normalised(

@@ -3,8 +3,9 @@
 At one image per batch a fast GPU waits for Python. Here everything before a launch is real and the launch is not
 (`benchmarks.stub_gpu`): tensors are tiny, so that arithmetic takes no time, and convolutions do nothing on either side.
 
-    ops      one call of each op and of what it replaces in PyTorch, without and with gradients (forward and backward),
-             in µs of CPU time and as multiples of F.silu of a tiny tensor
+    ops      one call of each op, by backend, and of what it replaces in PyTorch, without and with gradients (forward
+             and backward), in µs of CPU time and as multiples of F.silu of a tiny tensor; the cuda backend needs a C++
+             compiler, which builds it without its kernels
     steps    a denoise step and a training step (forward and backward) of U-Net and ControlNet, the topology of SD 1.5
              or SDXL (--model) at a tenth of its width: our model and diffusers accelerated, beside diffusers
     kernels  Triton kernels compiled at a first step of SD 1.5 itself, at another batch after it, another resolution
@@ -32,6 +33,7 @@ from torch.utils._pytree import tree_map_only
 
 import cnkernels
 from benchmarks import jobs, stub_gpu
+from cnkernels import dispatch
 from cnkernels.progress import Progress, say
 from controlnet.common.command import parser as command_parser
 from controlnet.model.controlnet import ControlNet
@@ -79,7 +81,7 @@ def op_calls(grad: bool) -> dict[str, tuple[Callable[[], Tensor], Callable[[], T
     def new(*shape: int) -> Tensor:
         return torch.randn(shape).to(DTYPE).requires_grad_(grad)
 
-    q, k, v = (new(1, 16, 2, 8) for _ in range(3))
+    q, k, v = (new(1, 16, 2, 40) for _ in range(3))  # a head dimension that every backend has
     x, residual, conv, bias = new(1, 32, 4, 4), new(1, 32, 4, 4), new(32, 32, 1, 1), new(32)
     norm, norm_bias, addend, packed = new(32), new(32), new(1, 32), new(1, 16, 64)
 
@@ -140,13 +142,15 @@ def _leaves(out: Tensor) -> list[Tensor]:
     return found
 
 
-def ops(times: int, turns: int) -> list[dict[str, Any]]:
-    """Rows {op, gradients, us, replaced_us, silu}: silu is how many calls of F.silu of a tiny tensor it costs."""
+def ops(times: int, turns: int, backend: str) -> list[dict[str, Any]]:
+    """Rows {op, backend, gradients, us, replaced_us, silu, ratio}: silu is how many calls of F.silu it costs."""
     rows, progress = [], Progress(2 * len(op_calls(False)))
     tiny = torch.zeros(8, dtype=DTYPE)
     for grad in (False, True):
         each = CALLS if grad else 1
         for op, (ours, replaced) in op_calls(grad).items():
+            if (op.split("_group,")[0], backend) not in dispatch.CAPABILITIES:
+                continue
             calls = {"ours": ours, "replaced": replaced}
             if grad:
                 calls = {"ours": _backward(op, 0), "replaced": _backward(op, 1)}
@@ -158,6 +162,7 @@ def ops(times: int, turns: int) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "op": op,
+                    "backend": backend,
                     "gradients": grad,
                     "us": 1e6 * statistics.median(ours),
                     "replaced_us": 1e6 * statistics.median(replaced),
@@ -345,8 +350,15 @@ def report(parts: Iterable[str], quick: bool, arch: int, model: str = "sd15") ->
         found["kernels"] = kernels(arch)
     with stub_gpu.installed(arch):
         if "ops" in parts:
+            size = (20, 3) if quick else (200, 15)  # calls a turn, turns
             with stub_gpu.no_arithmetic():
-                found["ops"] = ops(20 if quick else 200, 3 if quick else 15)
+                found["ops"] = ops(*size, "triton")
+                library = stub_gpu.without_launches()
+                if library is None:
+                    print("no C++ compiler: the cuda backend is left out")
+                else:
+                    with stub_gpu.cuda_installed(library):
+                        found["ops"] += ops(*size, "cuda")
         if "steps" in parts:
             found["steps"] = steps(3 if quick else 15, TOPOLOGIES[model])
     return found
@@ -356,7 +368,7 @@ def show(found: dict[str, list[dict[str, Any]]]) -> None:
     for row in found.get("ops", ()):
         kind = "forward, backward" if row["gradients"] else "forward"
         print(
-            f"{row['op']:34}{kind:20}{row['us']:8.1f} us {row['silu']:6.1f} x F.silu"
+            f"{row['op']:34}{row['backend']:8}{kind:20}{row['us']:8.1f} us {row['silu']:6.1f} x F.silu"
             f"{row['ratio']:7.2f} of what it replaces"
         )
     for row in found.get("steps", ()):

@@ -4,15 +4,19 @@ CPU tensors stand for those of a GPU, results are whatever memory holds, and wha
 and which kernels it compiles. `no_arithmetic` takes the heavy work of PyTorch's own operations away as well.
 """
 
+import importlib.util
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 import cnkernels
-from cnkernels import dispatch, onednn, plans
+from cnkernels import dispatch, extension, onednn, plans
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # that a block may have
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
@@ -135,6 +139,33 @@ def installed(arch: int = 90, compiled: list[str] | None = None, really: bool = 
         finally:
             driver._active = before
             _forget_kernels()
+
+
+def without_launches() -> ModuleType | None:
+    """The CUDA extension with launchers that launch nothing, compiled once; None without a C++ compiler."""
+    if shutil.which("c++") is None:
+        return None
+    root = Path(__file__).resolve().parents[1]
+    spec = importlib.util.spec_from_file_location("csrc_build", root / "csrc" / "build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    sources = [build.CSRC / name for name in ("bindings.cpp", "gpu.cu", "host/no_launches.cpp")]
+    return extension.load(build.build_host(root / "build" / "host", sources, "_C_no_launches"))
+
+
+@contextmanager
+def cuda_installed(library: ModuleType) -> Iterator[None]:
+    """Inside the block the cuda backend serves CPU tensors with such an extension, as it serves a GPU's."""
+    with (
+        mock.patch.object(extension._Host, "module", library),
+        mock.patch.object(extension, "stream_of", lambda device: lambda *tensors: 0),
+        cnkernels.backend("cuda"),
+    ):
+        plans.forget()
+        try:
+            yield
+        finally:
+            plans.forget()
 
 
 def _forget_kernels() -> None:

@@ -7,6 +7,7 @@ which tests compile and hand to `load_host`. Nothing here compiles.
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -32,10 +33,15 @@ class _Host:
 
 def load_host(path: Path) -> None:
     """Loads the build that executes the CUDA kernels on CPU tensors; for tests."""
-    spec = importlib.util.spec_from_file_location("_C_host", path)
+    _Host.module = load(path)
+
+
+def load(path: Path) -> ModuleType:
+    """Imports a build of csrc/ by its file, whose name begins with that of the module."""
+    spec = importlib.util.spec_from_file_location(path.name.split(".")[0], path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    _Host.module = module
+    return module
 
 
 def why_absent(device: torch.device | None = None) -> str | None:
@@ -83,17 +89,20 @@ def module_for(device: torch.device) -> ModuleType:
     return _load()[0] if device.type == "cuda" else _Host.module
 
 
-def prepare(*tensors: Tensor | None) -> tuple[ModuleType, object]:
-    """The build and the place (device, current stream) for one call on these tensors, the first of which is given.
+def stream_of(device: torch.device) -> Callable[..., int]:
+    """A function that returns the current stream of `device`, given the tensors of the call about to be launched.
 
-    On a CPU the kernels are held to the memory of these tensors: a touch of any other byte is an error.
+    Some of them may be None. On a CPU the kernels are held to their memory: a touch of any other byte is an error.
     """
-    device = tensors[0].device
-    library = module_for(device)
     if device.type == "cuda":
-        return library, library.Place(device=device.index, stream=torch.cuda.current_stream(device).cuda_stream)
-    library.watch([_extent(t) for t in tensors if t is not None and t.numel()])
-    return library, library.Place()
+        current, index = torch._C._cuda_getCurrentRawStream, device.index
+        return lambda *tensors: current(index)
+
+    def watch(*tensors: Tensor | None) -> int:
+        _Host.module.watch([_extent(t) for t in tensors if t is not None and t.numel()])
+        return 0
+
+    return watch
 
 
 def limits(device: torch.device) -> object:

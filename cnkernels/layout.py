@@ -1,6 +1,5 @@
 """Memory formats: the two that every op serves without a copy, and the one copy that others get."""
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,7 +17,8 @@ def allocator(
     shape, strides, step = tuple(shape), [0] * len(shape), 1
     for dimension in inner_first:
         strides[dimension], step = step, step * max(shape[dimension], 1)
-    return functools.partial(torch.empty_strided, shape, tuple(strides), dtype=dtype, device=device)
+    strides = tuple(strides)
+    return lambda: torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 def memory_format_of(dense: Tensor) -> torch.memory_format:

@@ -17,8 +17,6 @@ from torch.compiler import is_compiling
 
 from cnkernels import configurations, findings
 
-from cnkernels import configurations, findings
-
 LIMIT = 4096  # plans of one kind; the oldest goes first
 
 _all: "WeakSet[Plans]" = WeakSet()

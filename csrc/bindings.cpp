@@ -1,8 +1,12 @@
-// The Python module: plain structs of addresses and sizes in, launches out. No PyTorch header, hence one build for
-// every version of it. The same file makes cnkernels._C (nvcc) and the CPU execution that the tests load (g++,
-// CNK_HOST).
+// The Python module. A plan fills a struct of csrc/launchers.h once: sizes, strides, the cut into blocks. A call gives
+// that struct, the device and its current stream, and the addresses of its tensors in the order below; an absent tensor
+// is 0. No PyTorch header, hence one build for every version of it. The same file makes cnkernels._C (nvcc) and the CPU
+// execution that the tests load (g++, CNK_HOST).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include <array>
+#include <tuple>
 
 #include "launchers.h"
 
@@ -14,6 +18,8 @@ namespace py = pybind11;
 using namespace cnk;
 
 namespace {
+
+using Address = uintptr_t;
 
 // Struct(field=value, ...) in Python; an unknown field is an AttributeError. Types are local to the module: both builds
 // may be loaded in one process.
@@ -35,7 +41,6 @@ py::class_<S> bind_struct(py::module_& module, const char* name) {
 
 void bind_group_norm_silu(py::module_& module) {
   bind_struct<ChannelTensor>(module, "ChannelTensor")
-      .def_readwrite("address", &ChannelTensor::address)
       .def_readwrite("is_float", &ChannelTensor::is_float);
   bind_struct<GroupNormCut>(module, "GroupNormCut")
       .def_readwrite("samples", &GroupNormCut::samples)
@@ -51,11 +56,6 @@ void bind_group_norm_silu(py::module_& module) {
   bind_struct<GroupNormForward>(module, "GroupNormForward")
       .def_readwrite("dtype", &GroupNormForward::dtype)
       .def_readwrite("cut", &GroupNormForward::cut)
-      .def_readwrite("x", &GroupNormForward::x)
-      .def_readwrite("y", &GroupNormForward::y)
-      .def_readwrite("mean", &GroupNormForward::mean)
-      .def_readwrite("rstd", &GroupNormForward::rstd)
-      .def_readwrite("partial", &GroupNormForward::partial)
       .def_readwrite("weight", &GroupNormForward::weight)
       .def_readwrite("bias", &GroupNormForward::bias)
       .def_readwrite("addend", &GroupNormForward::addend)
@@ -64,14 +64,6 @@ void bind_group_norm_silu(py::module_& module) {
   bind_struct<GroupNormBackward>(module, "GroupNormBackward")
       .def_readwrite("dtype", &GroupNormBackward::dtype)
       .def_readwrite("cut", &GroupNormBackward::cut)
-      .def_readwrite("x", &GroupNormBackward::x)
-      .def_readwrite("dy", &GroupNormBackward::dy)
-      .def_readwrite("dx", &GroupNormBackward::dx)
-      .def_readwrite("mean", &GroupNormBackward::mean)
-      .def_readwrite("rstd", &GroupNormBackward::rstd)
-      .def_readwrite("partial", &GroupNormBackward::partial)
-      .def_readwrite("group_sums", &GroupNormBackward::group_sums)
-      .def_readwrite("channel_partial", &GroupNormBackward::channel_partial)
       .def_readwrite("weight", &GroupNormBackward::weight)
       .def_readwrite("bias", &GroupNormBackward::bias)
       .def_readwrite("addend", &GroupNormBackward::addend)
@@ -79,8 +71,23 @@ void bind_group_norm_silu(py::module_& module) {
       .def_readwrite("dbias", &GroupNormBackward::dbias)
       .def_readwrite("daddend", &GroupNormBackward::daddend)
       .def_readwrite("silu", &GroupNormBackward::silu);
-  module.def("group_norm_silu_fwd", &group_norm_silu_fwd);
-  module.def("group_norm_silu_bwd", &group_norm_silu_bwd);
+  module.def("group_norm_silu_fwd",
+             [](GroupNormForward call, int device, Address stream, Address x, Address y, Address mean, Address rstd,
+                Address partial, Address weight, Address bias, Address addend) {
+               call.x = x, call.y = y, call.mean = mean, call.rstd = rstd, call.partial = partial;
+               call.weight.address = weight, call.bias.address = bias, call.addend.address = addend;
+               group_norm_silu_fwd({device, stream}, call);
+             });
+  module.def("group_norm_silu_bwd",
+             [](GroupNormBackward call, int device, Address stream, Address x, Address dy, Address dx, Address mean,
+                Address rstd, Address partial, Address group_sums, Address channel_partial, Address weight,
+                Address bias, Address addend, Address dweight, Address dbias, Address daddend) {
+               call.x = x, call.dy = dy, call.dx = dx, call.mean = mean, call.rstd = rstd;
+               call.partial = partial, call.group_sums = group_sums, call.channel_partial = channel_partial;
+               call.weight.address = weight, call.bias.address = bias, call.addend.address = addend;
+               call.dweight.address = dweight, call.dbias.address = dbias, call.daddend.address = daddend;
+               group_norm_silu_bwd({device, stream}, call);
+             });
   bind_struct<GroupNormFit>(module, "GroupNormFit")
       .def_readonly("shared_bytes", &GroupNormFit::shared_bytes)
       .def_readonly("clusters", &GroupNormFit::clusters);
@@ -98,40 +105,44 @@ void bind_zero_conv_add(py::module_& module) {
       .def_readwrite("out_channels", &ZeroConv::out_channels)
       .def_readwrite("positions", &ZeroConv::positions)
       .def_readwrite("channels_last", &ZeroConv::channels_last)
-      .def_readwrite("x", &ZeroConv::x)
-      .def_readwrite("weight", &ZeroConv::weight)
-      .def_readwrite("bias", &ZeroConv::bias)
-      .def_readwrite("residual", &ZeroConv::residual)
-      .def_readwrite("out", &ZeroConv::out)
       .def_readwrite("out_sample", &ZeroConv::out_sample)
       .def_readwrite("out_channel", &ZeroConv::out_channel)
       .def_readwrite("out_position", &ZeroConv::out_position)
-      .def_readwrite("scale", &ZeroConv::scale)
       .def_readwrite("scale_stride", &ZeroConv::scale_stride)
-      .def_readwrite("factor", &ZeroConv::factor)
-      .def_readwrite("depth_partial", &ZeroConv::depth_partial)
       .def_readwrite("depth_splits", &ZeroConv::depth_splits)
-      .def_readwrite("dout", &ZeroConv::dout)
-      .def_readwrite("dx", &ZeroConv::dx)
-      .def_readwrite("dweight", &ZeroConv::dweight)
-      .def_readwrite("dbias", &ZeroConv::dbias)
-      .def_readwrite("dscale", &ZeroConv::dscale)
-      .def_readwrite("dweight_partial", &ZeroConv::dweight_partial)
       .def_readwrite("splits", &ZeroConv::splits)
-      .def_readwrite("dot_partial", &ZeroConv::dot_partial)
-      .def_readwrite("channel_sums", &ZeroConv::channel_sums)
       .def_readwrite("sum_parts", &ZeroConv::sum_parts);
   module.def("zero_conv_fwd_tiles", &zero_conv_fwd_tiles);
   module.def("zero_conv_dx_tiles", &zero_conv_dx_tiles);
   module.def("zero_conv_dweight_tiles", &zero_conv_dweight_tiles);
   module.attr("ZERO_CONV_GROUP") = kZeroConvGroup;
-  module.def("zero_conv_add_fwd", &zero_conv_add_fwd);
-  module.def("zero_conv_add_bwd", &zero_conv_add_bwd);
+  module.def("zero_conv_add_fwd",
+             [](std::vector<ZeroConv> layers, Dtype dtype, int blocks, int device, Address stream,
+                const std::vector<std::array<Address, 7>>& addresses, const std::vector<float>& factors) {
+               for (size_t i = 0; i < layers.size(); ++i) {
+                 ZeroConv& layer = layers[i];
+                 std::tie(layer.x, layer.weight, layer.bias, layer.residual, layer.scale, layer.out,
+                          layer.depth_partial) = std::tuple_cat(addresses.at(i));
+                 layer.factor = factors.at(i);
+               }
+               zero_conv_add_fwd({device, stream}, dtype, layers, blocks);
+             });
+  module.def("zero_conv_add_bwd",
+             [](std::vector<ZeroConv> layers, Dtype dtype, int blocks, int device, Address stream,
+                const std::vector<std::array<Address, 12>>& addresses, const std::vector<float>& factors) {
+               for (size_t i = 0; i < layers.size(); ++i) {
+                 ZeroConv& layer = layers[i];
+                 std::tie(layer.dout, layer.x, layer.weight, layer.bias, layer.scale, layer.dx, layer.dweight,
+                          layer.dbias, layer.dscale, layer.dweight_partial, layer.dot_partial,
+                          layer.channel_sums) = std::tuple_cat(addresses.at(i));
+                 layer.factor = factors.at(i);
+               }
+               zero_conv_add_bwd({device, stream}, dtype, layers, blocks);
+             });
 }
 
 void bind_attention(py::module_& module) {
   bind_struct<HeadTensor>(module, "HeadTensor")
-      .def_readwrite("address", &HeadTensor::address)
       .def_readwrite("batch", &HeadTensor::batch)
       .def_readwrite("row", &HeadTensor::row)
       .def_readwrite("head", &HeadTensor::head);
@@ -142,19 +153,28 @@ void bind_attention(py::module_& module) {
       .def_readwrite("q_length", &Attention::q_length)
       .def_readwrite("k_length", &Attention::k_length)
       .def_readwrite("head_dim", &Attention::head_dim)
-      .def_readwrite("scale", &Attention::scale)
       .def_readwrite("q", &Attention::q)
       .def_readwrite("k", &Attention::k)
       .def_readwrite("v", &Attention::v)
       .def_readwrite("out", &Attention::out)
-      .def_readwrite("lse", &Attention::lse)
       .def_readwrite("dout", &Attention::dout)
       .def_readwrite("dq", &Attention::dq)
       .def_readwrite("dk", &Attention::dk)
-      .def_readwrite("dv", &Attention::dv)
-      .def_readwrite("delta", &Attention::delta);
-  module.def("attention_fwd", &attention_fwd);
-  module.def("attention_bwd", &attention_bwd);
+      .def_readwrite("dv", &Attention::dv);
+  module.def("attention_fwd", [](Attention call, int device, Address stream, Address q, Address k, Address v, Address out,
+                                 Address lse, float scale) {
+    call.q.address = q, call.k.address = k, call.v.address = v, call.out.address = out;
+    call.lse = lse, call.scale = scale;
+    attention_fwd({device, stream}, call);
+  });
+  module.def("attention_bwd", [](Attention call, int device, Address stream, Address dout, Address q, Address k, Address v,
+                                 Address out, Address lse, Address delta, Address dq, Address dk, Address dv,
+                                 float scale) {
+    call.dout.address = dout, call.q.address = q, call.k.address = k, call.v.address = v, call.out.address = out;
+    call.dq.address = dq, call.dk.address = dk, call.dv.address = dv;
+    call.lse = lse, call.delta = delta, call.scale = scale;
+    attention_bwd({device, stream}, call);
+  });
 }
 
 #ifdef CNK_HOST

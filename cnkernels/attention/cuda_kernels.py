@@ -1,41 +1,72 @@
 """attention on csrc/attention*.cu: float16 and bfloat16, head dimensions 40, 64, 80, 128 and 160."""
 
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from cnkernels import extension
+from cnkernels import extension, layout
 
 HEAD_DIMS = (40, 64, 80, 128, 160)
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    batch, length, heads, _ = q.shape
-    lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
-    library, place = extension.prepare(q, k, v, out, lse)
-    library.attention_fwd(place, _describe(library, q, k, v, out, lse, scale))
-    return out, lse
+    return attention_fwd_plan(q, k, v, scale)(q, k, v, scale)
+
+
+def attention_fwd_plan(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A function that computes attention_fwd for tensors like these, whatever the scale."""
+    device, (batch, length, heads, _) = q.device, q.shape
+    library, stream_of, index = extension.module_for(device), extension.stream_of(device), device.index or 0
+    new_out = layout.allocator(q.shape, q.dtype, device)
+    new_lse = layout.allocator((batch, heads, length), torch.float32, device)
+    call, launch = _describe(library, q, k, v), library.attention_fwd
+
+    def run(q, k, v, scale):
+        out, lse = new_out(), new_lse()
+        stream = stream_of(q, k, v, out, lse)
+        addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr()
+        launch(call, index, stream, *addresses, scale)
+        return out, lse
+
+    return run
 
 
 def attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, need: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    gradients = tuple(
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) if wanted else None
-        for t, wanted in zip((q, k, v), need, strict=True)
-    )
-    delta = torch.empty_like(lse) if need[0] or need[1] else lse
-    library, place = extension.prepare(q, k, v, out, lse, dout, delta, *gradients)
-    call = _describe(library, q, k, v, out, lse, scale)
-    call.dout, call.delta = _heads(library, dout), delta.data_ptr()
-    call.dq, call.dk, call.dv = (_heads(library, t) for t in gradients)
-    library.attention_bwd(place, call)
-    return gradients
+    return attention_bwd_plan(dout, q, k, v, out, lse, scale, need)(dout, q, k, v, out, lse, scale, need)
 
 
-def _describe(library: ModuleType, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> object:
+def attention_bwd_plan(dout, q, k, v, out, lse, scale, need) -> Callable:
+    """A function that computes attention_bwd for tensors like these, whatever the scale."""
+    device = q.device
+    library, stream_of, index = extension.module_for(device), extension.stream_of(device), device.index or 0
+    need_q, need_k, need_v = need
+    new_query, new_key = (layout.allocator(t.shape, q.dtype, device) for t in (q, k))
+    call, launch, address = _describe(library, q, k, v), library.attention_bwd, extension.address
+    call.dout = _heads(library, dout.stride())
+    call.dq = _heads(library, _dense_strides(q.shape))
+    call.dk = call.dv = _heads(library, _dense_strides(k.shape))
+
+    def run(dout, q, k, v, out, lse, scale, need):
+        dq = new_query() if need_q else None
+        dk = new_key() if need_k else None
+        dv = new_key() if need_v else None
+        delta = torch.empty_like(lse) if need_q or need_k else lse
+        stream = stream_of(q, k, v, out, lse, dout, delta, dq, dk, dv)
+        launch(
+            call, index, stream, dout.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
+            lse.data_ptr(), delta.data_ptr(), address(dq), address(dk), address(dv), scale,
+        )  # fmt: skip
+        return dq, dk, dv
+
+    return run
+
+
+def _describe(library: ModuleType, q: Tensor, k: Tensor, v: Tensor) -> object:
+    """The struct of csrc/launchers.h; the output is contiguous."""
     batch, length, heads, head_dim = q.shape
     return library.Attention(
         dtype=extension.dtype_of(library, q),
@@ -44,18 +75,19 @@ def _describe(library: ModuleType, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
         q_length=length,
         k_length=k.shape[1],
         head_dim=head_dim,
-        scale=scale,
-        q=_heads(library, q),
-        k=_heads(library, k),
-        v=_heads(library, v),
-        out=_heads(library, out),
-        lse=lse.data_ptr(),
+        q=_heads(library, q.stride()),
+        k=_heads(library, k.stride()),
+        v=_heads(library, v.stride()),
+        out=_heads(library, _dense_strides(q.shape)),
     )
 
 
-def _heads(library: ModuleType, tensor: Tensor | None) -> object:
-    """Address and strides of a tensor [B, S, H, D]."""
-    if tensor is None:
-        return library.HeadTensor()
-    batch, row, head, _ = tensor.stride()
-    return library.HeadTensor(address=tensor.data_ptr(), batch=batch, row=row, head=head)
+def _dense_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    _, length, heads, head_dim = shape
+    return length * heads * head_dim, heads * head_dim, head_dim, 1
+
+
+def _heads(library: ModuleType, strides: Sequence[int]) -> object:
+    """Strides of a tensor [B, S, H, D]."""
+    batch, row, head, _ = strides
+    return library.HeadTensor(batch=batch, row=row, head=head)

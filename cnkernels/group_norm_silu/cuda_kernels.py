@@ -1,6 +1,7 @@
-"""group_norm_silu on csrc/group_norm_silu*.cu: outputs and workspace, the cut into blocks, the call."""
+"""group_norm_silu on csrc/group_norm_silu*.cu: the cut into blocks, outputs and workspace, the call."""
 
 import math
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -23,29 +24,42 @@ def group_norm_silu_fwd(
     activation: str | None,
     addend: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.empty_like(x)
-    mean = torch.empty((x.shape[0], groups), dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
-    library = extension.module_for(x.device)
-    cut = plan(library, x, groups, "fwd", (x, y))
-    partial = None if cut.cluster else mean.new_empty((x.shape[0], groups, cut.splits, 2))
-    library, place = extension.prepare(x, y, mean, rstd, partial, weight, bias, addend)
+    arguments = (x, groups, weight, bias, eps, activation, addend)
+    return group_norm_silu_fwd_plan(*arguments)(*arguments)
+
+
+def group_norm_silu_fwd_plan(x, groups, weight, bias, eps, activation, addend) -> Callable:
+    """A function that computes group_norm_silu_fwd for tensors like these."""
+    device, samples = x.device, x.shape[0]
+    library, stream_of, index = extension.module_for(device), extension.stream_of(device), device.index or 0
+    cut = plan(library, x, groups, "fwd", (x,))
     call = library.GroupNormForward(
         dtype=extension.dtype_of(library, x),
         cut=cut,
-        x=x.data_ptr(),
-        y=y.data_ptr(),
-        mean=mean.data_ptr(),
-        rstd=rstd.data_ptr(),
-        partial=extension.address(partial),
         weight=_channels(library, weight),
         bias=_channels(library, bias),
         addend=_channels(library, addend),
         eps=eps,
         silu=activation == "silu",
     )
-    library.group_norm_silu_fwd(place, call)
-    return y, mean, rstd
+    launch, address = library.group_norm_silu_fwd, extension.address
+    new_statistics = layout.allocator((samples, groups), torch.float32, device)
+    new_partial = layout.allocator((samples, groups, cut.splits, 2), torch.float32, device)
+    clusters = cut.cluster
+
+    def run(x, groups, weight, bias, eps, activation, addend):
+        y = torch.empty_like(x)
+        mean = new_statistics()
+        rstd = torch.empty_like(mean)
+        partial = None if clusters else new_partial()
+        stream = stream_of(x, y, mean, rstd, partial, weight, bias, addend)
+        launch(
+            call, index, stream, x.data_ptr(), y.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
+            address(partial), address(weight), address(bias), address(addend),
+        )  # fmt: skip
+        return y, mean, rstd
+
+    return run
 
 
 def group_norm_silu_bwd(
@@ -60,39 +74,53 @@ def group_norm_silu_bwd(
     addend: Tensor | None,
     need: tuple[bool, bool, bool, bool],
 ) -> Gradients:
-    dy = layout.match(dy, x)
-    dx, dweight, dbias, daddend = gradients = tuple(
-        torch.empty_like(t) if wanted else None for t, wanted in zip((x, weight, bias, addend), need, strict=True)
-    )
-    library = extension.module_for(x.device)
-    cut = plan(library, x, groups, "bwd", (x, dy, dx))
-    samples, channels = x.shape[:2]
-    partial = None if cut.cluster else mean.new_empty((samples, groups, cut.splits, 2))
-    group_sums = mean.new_empty((samples, groups, 2)) if need[3] else None
-    channel_partial = mean.new_empty((samples, cut.splits, 3, channels)) if any(need[1:]) else None
-    workspace = (partial, group_sums, channel_partial)
-    library, place = extension.prepare(x, dy, mean, rstd, weight, bias, addend, *workspace, *gradients)
+    arguments = (layout.match(dy, x), x, groups, weight, bias, mean, rstd, activation, addend, need)
+    return group_norm_silu_bwd_plan(*arguments)(*arguments)
+
+
+def group_norm_silu_bwd_plan(dy, x, groups, weight, bias, mean, rstd, activation, addend, need) -> Callable:
+    """A function that computes group_norm_silu_bwd for tensors like these; dy in the memory format of x."""
+    device, (samples, channels) = x.device, x.shape[:2]
+    library, stream_of, index = extension.module_for(device), extension.stream_of(device), device.index or 0
+    cut = plan(library, x, groups, "bwd", (x, dy))
+    need_dx, need_dweight, need_dbias, need_daddend = need
     call = library.GroupNormBackward(
         dtype=extension.dtype_of(library, x),
         cut=cut,
-        x=x.data_ptr(),
-        dy=dy.data_ptr(),
-        dx=extension.address(dx),
-        mean=mean.data_ptr(),
-        rstd=rstd.data_ptr(),
-        partial=extension.address(partial),
-        group_sums=extension.address(group_sums),
-        channel_partial=extension.address(channel_partial),
         weight=_channels(library, weight),
         bias=_channels(library, bias),
         addend=_channels(library, addend),
-        dweight=_channels(library, dweight),
-        dbias=_channels(library, dbias),
-        daddend=_channels(library, daddend),
+        dweight=_channels(library, weight),
+        dbias=_channels(library, bias),
+        daddend=_channels(library, addend),
         silu=activation == "silu",
     )
-    library.group_norm_silu_bwd(place, call)
-    return gradients
+    launch, address = library.group_norm_silu_bwd, extension.address
+    new_partial = _allocator(not cut.cluster, (samples, groups, cut.splits, 2), device)
+    new_group_sums = _allocator(need_daddend, (samples, groups, 2), device)
+    new_channel_partial = _allocator(any(need[1:]), (samples, cut.splits, 3, channels), device)
+
+    def run(dy, x, groups, weight, bias, mean, rstd, activation, addend, need):
+        dx = torch.empty_like(x) if need_dx else None
+        dweight = torch.empty_like(weight) if need_dweight else None
+        dbias = torch.empty_like(bias) if need_dbias else None
+        daddend = torch.empty_like(addend) if need_daddend else None
+        gradients = dx, dweight, dbias, daddend
+        workspace = partial, group_sums, channel_partial = new_partial(), new_group_sums(), new_channel_partial()
+        stream = stream_of(x, dy, mean, rstd, weight, bias, addend, *workspace, *gradients)
+        launch(
+            call, index, stream, x.data_ptr(), dy.data_ptr(), address(dx), mean.data_ptr(), rstd.data_ptr(),
+            address(partial), address(group_sums), address(channel_partial), address(weight), address(bias),
+            address(addend), address(dweight), address(dbias), address(daddend),
+        )  # fmt: skip
+        return gradients
+
+    return run
+
+
+def _allocator(needed: bool, shape: tuple[int, ...], device: torch.device) -> Callable[[], Tensor | None]:
+    """A function that allocates float32 workspace where it is needed, and returns None elsewhere."""
+    return layout.allocator(shape, torch.float32, device) if needed else lambda: None
 
 
 def plan(library: ModuleType, x: Tensor, groups: int, direction: str, tensors: tuple[Tensor | None, ...]):
@@ -100,7 +128,7 @@ def plan(library: ModuleType, x: Tensor, groups: int, direction: str, tensors: t
 
     Args:
         direction: "fwd" or "bwd".
-        tensors: those that the kernels read or write in vectors.
+        tensors: those that the kernels read in vectors. What they write is newly allocated, and so aligned.
     """
     samples, channels = x.shape[:2]
     positions = x.numel() // (samples * channels)
@@ -185,5 +213,4 @@ def _has_clusters(library: ModuleType, limits) -> bool:
 
 
 def _channels(library: ModuleType, tensor: Tensor | None):
-    is_float = tensor is not None and tensor.dtype == torch.float32
-    return library.ChannelTensor(address=extension.address(tensor), is_float=is_float)
+    return library.ChannelTensor(is_float=tensor is not None and tensor.dtype == torch.float32)

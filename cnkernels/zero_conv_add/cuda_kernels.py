@@ -1,7 +1,8 @@
 """zero_conv_add on csrc/zero_conv_add*.cu, one layer or a group of them in one launch."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from types import ModuleType
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ class Layer(NamedTuple):
     weight: Tensor  # [Cout, Cin, 1, 1]
     bias: Tensor | None = None  # [Cout]
     residual: Tensor | None = None  # [N, Cout, H, W]
-    scale: Scale = 1.0  # float, or float32 [] or [N]
+    scale: Scale = 1.0  # float, or contiguous float32 [] or [N]
     out: Tensor | None = None  # [N, Cout, H, W], may be a channel slice of a larger channels_last tensor
 
 
@@ -35,22 +36,43 @@ def zero_conv_add_fwd(
     return zero_conv_add_group_fwd([(x, weight, bias, residual, scale, out)])[0]
 
 
+def zero_conv_add_fwd_plan(x, weight, bias, residual, scale, out) -> Callable[..., None]:
+    """A function that computes zero_conv_add_fwd for tensors like these; `out` is given."""
+    run = zero_conv_add_group_fwd_plan([(x, weight, bias, residual, scale, out)])
+    return lambda *call: run((call,))
+
+
 def zero_conv_add_group_fwd(calls: Sequence[tuple]) -> list[Tensor]:
     """[zero_conv_add_fwd(*call) for call in calls], up to 16 of one memory format in one launch.
 
     Args:
         calls: of one dtype and device; residuals in the memory format of x.
     """
-    layers = [_with_out(_with_dense_scale(Layer(*call))) for call in calls]
-    x = layers[0].x
-    library = extension.module_for(x.device)
-    calls = [_describe(library, layer, layer.out) for layer in layers]
-    partials = _split_depths(library, x, calls)
-    library, place = extension.prepare(x, *partials, *(t for layer in layers for t in layer if isinstance(t, Tensor)))
-    blocks = _BLOCKS_PER_MULTIPROCESSOR * extension.multiprocessors(x.device)
-    for group in _launches(library, calls):
-        library.zero_conv_add_fwd(place, extension.dtype_of(library, x), group, blocks)
+    layers = [_with_out(Layer(*call)) for call in calls]
+    zero_conv_add_group_fwd_plan(layers)(layers)
     return [layer.out for layer in layers]
+
+
+def zero_conv_add_group_fwd_plan(calls: Sequence[tuple]) -> Callable[[Sequence[tuple]], None]:
+    """A function that computes the outputs of calls like these, all of which are given."""
+    layers = [Layer(*call) for call in calls]
+    x = layers[0].x
+    structs = [_describe(extension.module_for(x.device), layer, layer.out) for layer in layers]
+    new_partials = _split_depths(x, structs)
+    launch = _launcher("zero_conv_add_fwd", x, structs)
+    is_tensor = [isinstance(layer.scale, Tensor) for layer in layers]
+
+    def operands_of(call, new_partial, is_tensor):
+        x, weight, bias, residual, scale, out = call
+        return x, weight, bias, residual, scale.contiguous() if is_tensor else None, out, new_partial()
+
+    def run(calls):
+        operands = [operands_of(*given) for given in zip(calls, new_partials, is_tensor, strict=True)]
+        launch(
+            operands, [1.0 if given[4] is not None else call[4] for given, call in zip(operands, calls, strict=True)]
+        )
+
+    return run
 
 
 def zero_conv_add_bwd(
@@ -59,55 +81,106 @@ def zero_conv_add_bwd(
     return zero_conv_add_group_bwd([(dout, x, weight, bias, scale, need)])[0]
 
 
+def zero_conv_add_bwd_plan(dout, x, weight, bias, scale, need) -> Callable[..., Gradients]:
+    """A function that computes zero_conv_add_bwd for tensors like these."""
+    run = zero_conv_add_group_bwd_plan([(dout, x, weight, bias, scale, need)])
+    return lambda *call: run((call,))[0]
+
+
 def zero_conv_add_group_bwd(calls: Sequence[tuple]) -> list[Gradients]:
     """[zero_conv_add_bwd(*call) for call in calls]: one launch for all dx, one for all dweight, then the sums.
 
     With a scale per sample, dweight takes float32 workspace of at least N times the size of the weight.
     """
-    layers = [_with_dense_scale(Layer(x, weight, bias, None, scale)) for _, x, weight, bias, scale, _ in calls]
+    return zero_conv_add_group_bwd_plan(calls)(calls)
+
+
+def zero_conv_add_group_bwd_plan(calls: Sequence[tuple]) -> Callable[[Sequence[tuple]], list[Gradients]]:
+    """A function that computes the gradients of calls like these."""
+    layers = [Layer(x, weight, bias, None, scale) for _, x, weight, bias, scale, _ in calls]
     x = layers[0].x
     library = extension.module_for(x.device)
-    blocks = _BLOCKS_PER_MULTIPROCESSOR * extension.multiprocessors(x.device)
-    douts = [layout.match(call[0], layer.x) for call, layer in zip(calls, layers, strict=True)]
-    needs = [call[-1] for call in calls]
-    gradients = [_empty_gradients(layer, need) for layer, need in zip(layers, needs, strict=True)]
-    calls = [_describe(library, layer, dout) for layer, dout in zip(layers, douts, strict=True)]
-    plans = [_workspace(library, *cut, blocks) for cut in zip(calls, layers, needs, strict=True)]
-    tensors = [t for made in (*layers, *gradients, *plans) for t in made if isinstance(t, Tensor)]
-    library, place = extension.prepare(x, *douts, *tensors)
-    for dout, call, made, plan in zip(douts, calls, gradients, plans, strict=True):
-        call.dout = dout.data_ptr()
-        call.dx, call.dweight, call.dbias, call.dscale = (extension.address(t) for t in made)
-        partial, call.splits, dots, sums, call.sum_parts = plan
-        call.dweight_partial, call.dot_partial, call.channel_sums = (
-            extension.address(t) for t in (partial, dots, sums)
+    douts = [layout.match(call[0], layer.x) for layer, call in zip(layers, calls, strict=True)]
+    structs = [_describe(library, layer, dout) for layer, dout in zip(layers, douts, strict=True)]
+    allocators = [_workspace(library, *given) for given in zip(structs, layers, calls, strict=True)]
+    launch = _launcher("zero_conv_add_bwd", x, structs)
+    is_tensor = [isinstance(layer.scale, Tensor) for layer in layers]
+    matches = [dout is call[0] for dout, call in zip(douts, calls, strict=True)]
+
+    def operands_of(call, allocators, is_tensor, matches):
+        dout, x, weight, bias, scale, (need_x, need_weight, need_bias, need_scale) = call
+        new_partial, new_dots, new_sums = allocators
+        scale = scale.contiguous() if is_tensor else None
+        return (
+            dout if matches else layout.match(dout, x), x, weight, bias, scale,
+            torch.empty_like(x) if need_x else None,
+            torch.empty_like(weight) if need_weight else None,
+            torch.empty_like(bias) if need_bias else None,
+            torch.empty_like(scale) if need_scale else None,
+            new_partial(), new_dots(), new_sums(),
+        )  # fmt: skip
+
+    def run(calls):
+        operands = [operands_of(*given) for given in zip(calls, allocators, is_tensor, matches, strict=True)]
+        launch(
+            operands, [1.0 if given[4] is not None else call[4] for given, call in zip(operands, calls, strict=True)]
         )
-    for group in _launches(library, calls):
-        library.zero_conv_add_bwd(place, extension.dtype_of(library, x), group, blocks)
-    return gradients
+        return [given[5:9] for given in operands]
+
+    return run
 
 
-def _split_depths(library: ModuleType, x: Tensor, calls: Sequence[object]) -> list[Tensor]:
-    """Cuts the depths where all tiles together leave multiprocessors idle; the workspace that this takes."""
+def _launcher(name: str, x: Tensor, structs: list[object]) -> Callable[[list[tuple], list[float]], None]:
+    """A function that launches `name` of the extension on the operands and factors of layers like these structs'."""
+    device = x.device
+    library, stream_of, index = extension.module_for(device), extension.stream_of(device), device.index or 0
+    dtype, blocks = extension.dtype_of(library, x), _blocks(device)
+    launch, launches = getattr(library, name), _launches(library, structs)
+
+    def run(operands, factors):
+        stream = stream_of(*chain.from_iterable(operands))
+        addresses = [[0 if t is None else t.data_ptr() for t in given] for given in operands]
+        if len(launches) == 1:
+            launch(structs, dtype, blocks, index, stream, addresses, factors)
+            return
+        for chosen, some in launches:
+            launch(some, dtype, blocks, index, stream, [addresses[i] for i in chosen], [factors[i] for i in chosen])
+
+    return run
+
+
+def _blocks(device: torch.device) -> int:
+    return _BLOCKS_PER_MULTIPROCESSOR * extension.multiprocessors(device)
+
+
+def _no_workspace() -> None:
+    return None
+
+
+def _split_depths(x: Tensor, structs: Sequence[object]) -> list[Callable[[], Tensor | None]]:
+    """Cuts the depths where all tiles together leave multiprocessors idle; the allocator of each layer's workspace."""
+    library = extension.module_for(x.device)
     dtype, multiprocessors = extension.dtype_of(library, x), extension.multiprocessors(x.device)
-    tiles = sum(library.zero_conv_fwd_tiles(dtype, call) for call in calls)
-    partials = []
-    for call in calls:
-        steps = math.ceil(call.in_channels / _DEPTH)
-        call.depth_splits = max(1, min(steps // _STEPS_PER_SPLIT, multiprocessors // max(1, tiles)))
-        if call.depth_splits > 1:
-            size = call.depth_splits, call.samples, call.out_channels, call.positions
-            partials.append(torch.empty(size, dtype=torch.float32, device=x.device))
-            call.depth_partial = partials[-1].data_ptr()
-    return partials
+    tiles = sum(library.zero_conv_fwd_tiles(dtype, struct) for struct in structs)
+    allocators = []
+    for struct in structs:
+        steps = math.ceil(struct.in_channels / _DEPTH)
+        struct.depth_splits = max(1, min(steps // _STEPS_PER_SPLIT, multiprocessors // max(1, tiles)))
+        size = struct.depth_splits, struct.samples, struct.out_channels, struct.positions
+        split = struct.depth_splits > 1
+        allocators.append(layout.allocator(size, torch.float32, x.device) if split else _no_workspace)
+    return allocators
 
 
-def _launches(library: ModuleType, calls: Sequence[object]) -> Iterator[list[object]]:
-    """The calls of each launch: a table has a limit, and a kernel reads one memory format."""
+def _launches(library: ModuleType, structs: Sequence[object]) -> list[tuple[list[int], list[object]]]:
+    """The numbers and structs of the layers of each launch: a table has a limit, and a kernel reads one format."""
+    launches = []
     for channels_last in (False, True):
-        alike = [call for call in calls if call.channels_last == channels_last]
+        alike = [i for i, struct in enumerate(structs) if struct.channels_last == channels_last]
         for first in range(0, len(alike), library.ZERO_CONV_GROUP):
-            yield alike[first : first + library.ZERO_CONV_GROUP]
+            chosen = alike[first : first + library.ZERO_CONV_GROUP]
+            launches.append((chosen, [structs[i] for i in chosen]))
+    return launches
 
 
 def _with_out(layer: Layer) -> Layer:
@@ -119,59 +192,42 @@ def _with_out(layer: Layer) -> Layer:
     return layer._replace(out=torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format))
 
 
-def _with_dense_scale(layer: Layer) -> Layer:
-    return layer._replace(scale=layer.scale.contiguous()) if isinstance(layer.scale, Tensor) else layer
-
-
 def _describe(library: ModuleType, layer: Layer, out: Tensor) -> object:
     """The struct of csrc/launchers.h for a layer, its output in the strides of `out`."""
     x, scale = layer.x, layer.scale
-    is_tensor = isinstance(scale, Tensor)
     return library.ZeroConv(
         samples=x.shape[0],
         in_channels=x.shape[1],
         out_channels=layer.weight.shape[0],
         positions=x.shape[2] * x.shape[3],
         channels_last=layout.is_channels_last(x),
-        x=x.data_ptr(),
-        weight=layer.weight.data_ptr(),
-        bias=extension.address(layer.bias),
-        residual=extension.address(layer.residual),
-        out=out.data_ptr(),
         out_sample=out.stride(0),
         out_channel=out.stride(1),
         out_position=out.stride(3) if out.shape[3] > 1 else out.stride(2),
-        scale=scale.data_ptr() if is_tensor else 0,
-        scale_stride=scale.dim() if is_tensor else 0,
-        factor=1.0 if is_tensor else scale,
+        scale_stride=scale.dim() if isinstance(scale, Tensor) else 0,
     )
 
 
-def _empty_gradients(layer: Layer, need: tuple[bool, bool, bool, bool]) -> Gradients:
-    inputs = (layer.x, layer.weight, layer.bias, layer.scale)
-    return tuple(torch.empty_like(t) if wanted else None for t, wanted in zip(inputs, need, strict=True))
-
-
-def _workspace(library: ModuleType, call, layer: Layer, need: tuple[bool, bool, bool, bool], blocks: int):
-    """(dweight partials, splits, dot products, channel sums, sum parts), float32, None where not needed."""
+def _workspace(library: ModuleType, struct: object, layer: Layer, call: tuple) -> tuple[Callable, Callable, Callable]:
+    """Cuts the sums of a backward; allocators of its partial dweight, dot products and channel sums, float32."""
+    need, blocks = call[-1], _blocks(layer.x.device)
     x = layer.x
     samples, channels, positions = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     out_channels, dtype = layer.weight.shape[0], extension.dtype_of(library, x)
 
-    def new(*size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.float32, device=x.device)
+    def allocator(*size: int) -> Callable[[], Tensor]:
+        return layout.allocator(size, torch.float32, x.device)
 
-    partial = dots = sums = None
-    splits = sum_parts = 1
+    partial = dots = sums = _no_workspace
     if need[1]:
         ranges = samples if isinstance(layer.scale, Tensor) and layer.scale.dim() else 1  # one scale in each
         steps = math.ceil(positions / _DEPTH) * samples // ranges
-        tiles = library.zero_conv_dweight_tiles(dtype, call)
-        splits = ranges * max(1, min(steps // 4, blocks // (tiles * ranges)))
-        partial = new(splits, out_channels, channels)
+        tiles = library.zero_conv_dweight_tiles(dtype, struct)
+        struct.splits = ranges * max(1, min(steps // 4, blocks // (tiles * ranges)))
+        partial = allocator(struct.splits, out_channels, channels)
     if need[3]:
-        dots = new(samples, library.zero_conv_dx_tiles(dtype, call))
+        dots = allocator(samples, library.zero_conv_dx_tiles(dtype, struct))
     if need[2] or (need[3] and layer.bias is not None):
-        sum_parts = max(1, min(positions // 64, blocks // (samples * math.ceil(out_channels / 32))))
-        sums = new(samples, sum_parts, out_channels)
-    return partial, splits, dots, sums, sum_parts
+        struct.sum_parts = max(1, min(positions // 64, blocks // (samples * math.ceil(out_channels / 32))))
+        sums = allocator(samples, struct.sum_parts, out_channels)
+    return partial, dots, sums

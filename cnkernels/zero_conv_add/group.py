@@ -78,8 +78,8 @@ def _plan_forward(layers: Sequence[tuple]) -> Callable[[Sequence[tuple]], list[T
 def _plan_into(layers: Sequence[tuple], outs: Sequence[Tensor]) -> Callable[[Sequence[tuple], Sequence[Tensor]], None]:
     """One launch where the backend has one for a group, else one call after the other."""
     kernels = _kernels(layer[0] for layer in layers)
-    together = getattr(kernels, f"{_NAME}_fwd", None)
-    if together is None:
+    plan_together = getattr(kernels, f"{_NAME}_fwd_plan", None)
+    if plan_together is None:
         alone = [registration.plan_into(*given, out, kernels) for given, out in zip(layers, outs, strict=True)]
 
         def one_by_one(layers, outs):
@@ -88,13 +88,13 @@ def _plan_into(layers: Sequence[tuple], outs: Sequence[Tensor]) -> Callable[[Seq
 
         return one_by_one
 
-    def at_once(layers, outs):
+    def calls_of(layers, outs):
         pairs = zip(layers, outs, strict=True)
-        calls = [registration.call_of(*layer, out) for layer, out in pairs if out.numel()]
-        if calls:
-            together(calls)
+        return [registration.call_of(*layer, out) for layer, out in pairs if out.numel()]
 
-    return at_once
+    calls = calls_of(layers, outs)
+    together = plan_together(calls) if calls else lambda calls: None
+    return lambda layers, outs: together(calls_of(layers, outs))
 
 
 def _new_outs(layers: Sequence[tuple]) -> list[Tensor]:
@@ -161,15 +161,18 @@ def backward(rows: Sequence[tuple]) -> list[tuple[Tensor | None, ...]]:
 
 def _plan_backward(rows: Sequence[tuple]) -> Callable[[Sequence[tuple]], list[tuple[Tensor | None, ...]]]:
     kernels = _kernels((registration.backward_call_of(*row)[1] for row in rows), "backward")
-    together = getattr(kernels, f"{_NAME}_bwd", None)
-    if together is None:
+    plan_together = getattr(kernels, f"{_NAME}_bwd_plan", None)
+    if plan_together is None:
         alone = [registration.plan_backward(*row, kernels) for row in rows]
         return lambda rows: [run(*row) for run, row in zip(alone, rows, strict=True)]
 
+    calls = [registration.backward_call_of(*row) for row in rows]
+    some = [call for call in calls if not registration.is_empty(call)]
+    together = plan_together(some) if some else lambda calls: []
+
     def at_once(rows):
         calls = [registration.backward_call_of(*row) for row in rows]
-        some = [call for call in calls if not registration.is_empty(call)]
-        computed = iter(together(some) if some else ())
+        computed = iter(together([call for call in calls if not registration.is_empty(call)]))
         return [
             registration.zero_gradients(call, row[4], row[7])
             if registration.is_empty(call)

@@ -264,7 +264,7 @@ def test_the_built_extension_needs_neither_torch_nor_a_driver():
         f"spec = importlib.util.spec_from_file_location('_C', {module.__file__!r}); "
         "library = importlib.util.module_from_spec(spec); spec.loader.exec_module(library); "
         "call = library.Attention(batch=1, heads=1, q_length=1, k_length=1, head_dim=40); "
-        "library.attention_fwd(library.Place(), call)"
+        "library.attention_fwd(call, 0, *[0] * 6, 1.0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert re.search(r"RuntimeError: attention_fwd: .*(driver|device)", done.stderr), done.stderr

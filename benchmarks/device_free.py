@@ -120,6 +120,13 @@ def saved_bytes(networks: Networks) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
+def does_work(func: torch._ops.OpOverload) -> bool:
+    """Whether an operation is neither a view nor a mere allocation."""
+    aliases = [r.alias_info for r in func._schema.returns if r.alias_info is not None]
+    is_view = any(not alias.is_write for alias in aliases)
+    return not is_view and func.namespace != "prim" and func._schema.name.split("::")[1] not in NO_WORK
+
+
 class OperationCounter(TorchDispatchMode):
     """Counts operations that are neither views nor mere allocations."""
 
@@ -128,9 +135,7 @@ class OperationCounter(TorchDispatchMode):
         self.counts: dict[str, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        aliases = [r.alias_info for r in func._schema.returns if r.alias_info is not None]
-        is_view = any(not alias.is_write for alias in aliases)
-        if not is_view and func.namespace != "prim" and func._schema.name.split("::")[1] not in NO_WORK:
+        if does_work(func):
             self.counts[str(func)] = self.counts.get(str(func), 0) + 1
         return func(*args, **kwargs or {})
 

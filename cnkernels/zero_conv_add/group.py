@@ -25,7 +25,7 @@ def pack(columns: Sequence[Column]) -> tuple[list[list[Tensor]], list[bool]]:
     return [[t for t in column if t is not None] for column in columns], [t is not None for c in columns for t in c]
 
 
-def _unpack(lists: Sequence[Sequence[Tensor]], given: Sequence[bool]) -> list[Column]:
+def unpack(lists: Sequence[Sequence[Tensor]], given: Sequence[bool]) -> list[Column]:
     count = len(given) // len(lists)
     return [register.restore_none(tensors, given[i * count : (i + 1) * count]) for i, tensors in enumerate(lists)]
 
@@ -102,7 +102,7 @@ def _new_outs(layers: Sequence[tuple]) -> list[Tensor]:
 
 
 def _rows(lists: Sequence[Sequence[Tensor]], given: Sequence[bool], factors: Sequence[float]) -> list[tuple]:
-    return list(zip(*_unpack(lists, given), factors, strict=True))
+    return list(zip(*unpack(lists, given), factors, strict=True))
 
 
 def _forward(xs, weights, biases, residuals, scales, given, factors):
@@ -185,7 +185,7 @@ def _plan_backward(rows: Sequence[tuple]) -> Callable[[Sequence[tuple]], list[tu
 
 def _backward_rows(lists, given, factors, channels_last, need) -> list[tuple]:
     needs = [tuple(need[i : i + 4]) for i in range(0, len(need), 4)]
-    return list(zip(*_unpack(lists, given), factors, channels_last, needs, strict=True))
+    return list(zip(*unpack(lists, given), factors, channels_last, needs, strict=True))
 
 
 def _backward(douts, xs, weights, biases, scales, given, factors, channels_last, need):
@@ -204,7 +204,7 @@ def _fake_backward(douts, xs, weights, biases, scales, given, factors, channels_
 
 def _setup_context(ctx, inputs, output):
     *lists, ctx.given, ctx.factors = inputs
-    _save(ctx, *_unpack(lists, ctx.given))
+    _save(ctx, *unpack(lists, ctx.given))
 
 
 def _save(ctx, xs: Column, weights: Column, biases: Column, _: Column, scales: Column) -> None:
@@ -223,7 +223,7 @@ def _differentiable(t: Tensor | None) -> bool:
 
 def _autograd(ctx, douts):
     count = len(douts)
-    columns = _gradients(ctx, douts, _unpack(ctx.needs_input_grad[:5], ctx.given))
+    columns = _gradients(ctx, douts, unpack(ctx.needs_input_grad[:5], ctx.given))
     lists = [register.keep_requested(c, ctx.given[i * count : (i + 1) * count]) for i, c in enumerate(columns)]
     return (*lists, None, None)
 

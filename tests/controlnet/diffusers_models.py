@@ -48,6 +48,15 @@ def randomized(module: nn.Module, seed: int) -> nn.Module:
     return module.eval()
 
 
+# A U-Net with one of each kind of block, for what takes long at every layer, such as compilation.
+SMALL = {
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+
+
 def unet(variant: str = "sd15", seed: int = 0, **config) -> diffusers.UNet2DConditionModel:
     common = {"sample_size": 8, "block_out_channels": (32, 64, 64, 64), "cross_attention_dim": CONTEXT}
     return randomized(diffusers.UNet2DConditionModel(**common | VARIANTS[variant] | config), seed)

@@ -1,5 +1,7 @@
 """`accelerate(pipe, tune=True)`: the first image checks and measures what its models call, and stays what it was."""
 
+import functools
+
 import pytest
 import torch
 
@@ -7,7 +9,8 @@ diffusers = pytest.importorskip("diffusers")
 
 import controlnet  # noqa: E402
 from cnkernels import cache, findings, machine  # noqa: E402
-from tests.controlnet.diffusers_models import draw, image, pipeline, prompt  # noqa: E402
+from cnkernels.tune import tune  # noqa: E402
+from tests.controlnet.diffusers_models import SMALL, draw, image, pipeline, prompt  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts what is measured on a CPU")
 
@@ -23,8 +26,8 @@ def own_cache(tmp_path, monkeypatch):
 
 def test_the_first_image_measures_and_the_second_does_not(monkeypatch):
     monkeypatch.setattr("cnkernels.check.ensure", lambda ops, dtypes, device: [])  # tested beside it
-    monkeypatch.setattr("cnkernels.timing.ROUNDS", 1)
-    pipe = pipeline()
+    monkeypatch.setattr("cnkernels.tune.first_call.tune", functools.partial(tune, rounds=1, most=0))
+    pipe = pipeline(**SMALL)
     arguments = prompt(image=image(), num_inference_steps=2)
     expected = draw(controlnet.accelerate(pipe), **arguments)
     controlnet.accelerate(pipe, tune=True)

@@ -10,9 +10,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 
 import pytest
 
@@ -69,7 +70,44 @@ def excess(row: Mapping, bound: Bound) -> list[str]:
     return [f"{count:.2f} {what} a unit, the bound is {most}" for count, most, what in found if count > most]
 
 
-BOUNDS: dict[str, Bound] = {}
+def elements(*names: str) -> Callable[[Mapping[str, int]], float]:
+    """Elements of a thread in a tile with these sides."""
+    return lambda constants: prod(constants[name] for name in names) / 32
+
+
+def group_norm(columns: str, most: float, mufu: float, memory: float, tiles: Sequence[str] = ()) -> Bound:
+    pipes = {"mufu": mufu, "memory": memory}
+    return Bound("group_norm_silu", elements("BLOCK_R", columns, *tiles), most, pipes)
+
+
+# Of fp16. What an element cannot do without, and a tenth for addresses, masks and the loop: to unpack it (1), SiLU
+# (ex2 and rsqrt, and 6 to scale, add and multiply), and 1/8 of an access of 16 bytes, or of three.
+BOUNDS = {
+    # Subtract, select, add, square.
+    "_group_norm_silu_rows_stats_kernel": group_norm("BLOCK_W", 7.5, 0.1, 0.2),
+    "_group_norm_silu_spans_stats_kernel": group_norm("BLOCK_C", 9.5, 0.1, 0.2),
+    # Subtract, scale, SiLU, half a pack.
+    "_group_norm_silu_rows_apply_kernel": group_norm("BLOCK_W", 16.5, 2.1, 0.3),
+    "_group_norm_silu_spans_apply_kernel": group_norm("BLOCK_C", 17, 2.1, 0.3),
+    # Unpack two, normalise, SiLU and its derivative, three sums, and no reduction over threads inside the loop.
+    "_group_norm_silu_rows_sums_kernel": group_norm("BLOCK_W", 24, 2.1, 0.3),
+    "_group_norm_silu_spans_sums_kernel": group_norm("BLOCK_C", 24, 2.1, 0.3),
+    # The same, and dx for the sums.
+    "_group_norm_silu_rows_dx_kernel": group_norm("BLOCK_W", 26, 2.1, 0.45),
+    "_group_norm_silu_spans_dx_kernel": group_norm("BLOCK_C", 27, 2.1, 0.45),
+    # Whole kernels: statistics and apply, sums and dx, and what is done once: reductions over the program, parameters.
+    "_group_norm_silu_rows_fused_fwd_kernel": group_norm("BLOCK_W", 39, 2.5, 2.5, ["TILES"]),
+    "_group_norm_silu_rows_fused_bwd_kernel": group_norm("BLOCK_W", 51, 2.3, 4.5, ["TILES"]),
+    "_group_norm_silu_spans_fused_fwd_kernel": group_norm("BLOCK_C", 54, 2.6, 9),
+    "_group_norm_silu_spans_fused_bwd_kernel": group_norm("BLOCK_C", 55, 2.4, 7.5),
+    # A few programs, whose loads wait for L2: a partial sum takes an address by a division, and an addition.
+    "_group_norm_silu_parameter_gradients_kernel": Bound(
+        "group_norm_silu", elements("BLOCK_C", "BLOCK_P"), 33, {"mufu": 0.5, "memory": 1.1}
+    ),
+    # erf is two polynomials of six terms and a selection between them; the derivative has an exponential on top.
+    "_geglu_fwd_kernel": Bound("geglu", elements("BLOCK_ROWS", "BLOCK_COLUMNS"), 45, {"mufu": 1.3, "memory": 0.8}),
+    "_geglu_bwd_kernel": Bound("geglu", elements("BLOCK_ROWS", "BLOCK_COLUMNS"), 60, {"mufu": 2.3, "memory": 1.1}),
+}
 
 
 @pytest.mark.parametrize("kernel", BOUNDS)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import itemgetter
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cnkernels.aot_case import AotCase, case_of
+from cnkernels.configurations import rule
 
 _KNOWN_VERSIONS = ("3.6", "3.7")  # of Triton, whose CompiledKernel.run takes what `_without_hooks` passes
 
@@ -59,6 +60,23 @@ class Launch:
         types = {key: value.dtype if isinstance(value, Tensor) else value for key, value in given.items()}
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
         return case_of(name, self.kernel, types | self.sizes, **options, uses_matrix_units=uses_matrix_units)
+
+
+@dataclass(frozen=True)
+class Warps:
+    """Of a kernel of which nothing else can be configured."""
+
+    num_warps: int
+
+
+def with_measured_warps(launches: Sequence[Launch]) -> list[Launch]:
+    """The launches with as many warps as were measured to be fastest for each kernel (`cnkernels.configurations`)."""
+
+    def chosen(launch: Launch) -> int:
+        others = [Warps(warps) for warps in (launch.num_warps // 2, 2 * launch.num_warps) if 2 <= warps <= 16]
+        return rule(launch.kernel.__name__, lambda _: others)(lambda: Warps(launch.num_warps))().num_warps
+
+    return [replace(launch, num_warps=chosen(launch)) for launch in launches]
 
 
 def bind(launches: Sequence[Launch], device: torch.device, names: Sequence[str]) -> Bound:

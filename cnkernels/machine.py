@@ -43,6 +43,13 @@ def driver() -> str | None:
     return str(torch._C._cuda_getDriverVersion()) if torch.cuda.is_available() else None
 
 
+def too_old(device: torch.device) -> str | None:
+    """What to tell the owner of a GPU that our kernels do not serve; None for any other device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0):
+        return None
+    return "this GPU is older than compute capability 8.0: only PyTorch's own kernels (aten) serve it"
+
+
 @functools.cache
 def extension_hash() -> str | None:
     """The first 16 hexadecimal digits of the SHA-256 of the compiled CUDA extension; None where it is not built."""

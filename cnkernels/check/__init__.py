@@ -1,6 +1,7 @@
 """Whether the kernels are right on this machine: `python -m cnkernels.check`, or `ensure` for some of them."""
 
 import datetime
+import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 from cnkernels import cache, dispatch, findings, machine
 from cnkernels.check.runner import Runner
 from cnkernels.check.trial import Trial, trials
+
+logger = logging.getLogger(__name__)
 
 Result = tuple[Trial, str | None]  # what was wrong, in words
 
@@ -31,17 +34,34 @@ def run(
         emulated: run GPU kernels on the CPU.
         seconds: how long one may take.
         preload: modules that the process imports first.
+
+    Yields:
+        Each trial with what was wrong. One for which the device has too little free memory is left out, with a warning.
     """
     command = [f"--device={device}", *(["--emulated"] if emulated else [])]
     command += [f"--preload={module}" for module in preload]
     jobs = ((t, {"level": level, "number": t.number, "backend": t.backend, "dtype": t.dtype_name}) for t in chosen)
     with Runner(_WORKER, command, {"TRITON_INTERPRET": "1"} if emulated else {}, seconds) as runner:
         for trial, answer in runner.run(jobs):
+            if answer.get("no_memory"):
+                logger.warning("%s is left out: the device has too little free memory", trial.label)
+                continue
             yield trial, answer.get("lost") or answer.get("fault")
 
 
-def keep(device: torch.device, results: Sequence[Result]) -> Path | None:
-    """Replaces what the user's cache says of every op, backend and dtype that was tried; returns its file."""
+def keep(device: torch.device, results: Sequence[Result], chosen: Sequence[Trial] = ()) -> Path | None:
+    """Replaces what the user's cache says of every op, backend and dtype that was tried; returns its file.
+
+    Args:
+        device: where they were tried.
+        results: of `run`.
+        chosen: all that should have been tried. A kernel is right only if all of its trials were; of one that lacks
+            some, for an interruption or for memory, only a fault is kept.
+    """
+    judged = {trial.label for trial, _ in results}
+    incomplete = {_kernel(trial) for trial in chosen if trial.label not in judged}
+    faulty = {_kernel(trial) for trial, fault in results if fault}
+    results = [result for result in results if _kernel(result[0]) in faulty or _kernel(result[0]) not in incomplete]
     tried = {_kernel(trial) for trial, _ in results}
 
     def change(record: cache.Record) -> None:
@@ -69,7 +89,7 @@ def ensure(ops: Collection[str], dtypes: Collection[torch.dtype], device: torch.
     if not chosen:
         return []
     results = list(run(chosen, "default", device))
-    keep(device, results)
+    keep(device, results, chosen)
     return [(trial, fault) for trial, fault in results if fault]
 
 

@@ -44,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 1 where something is wrong."""
     options = parser().parse_args(arguments)
+    if options.report and not options.report.parent.is_dir():
+        parser().error(f"--report {options.report}: the folder {options.report.parent} does not exist")
     logging.basicConfig(format="%(message)s")
     device = torch.device("cuda" if torch.cuda.is_available() and not options.emulated else "cpu")
     if options.emulated:
@@ -52,18 +54,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"the CUDA kernels are left out: {missing}")
     level = "full" if options.full else "emulated" if options.emulated else "default"
     chosen = trials(level, device, options.op or dispatch.OPS, options.backend or dispatch.BACKENDS)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        print("this GPU is older than compute capability 8.0: only PyTorch's own kernels (aten) serve it")
+    if machine.too_old(device):
+        print(machine.too_old(device))
     begin = time.monotonic()
     answers = run(chosen, level, device, emulated=options.emulated, seconds=options.seconds, preload=options.preload)
-    results = list(_told(answers, len(chosen)))
+    results, interrupted = [], False
+    try:
+        for result in _told(answers, len(chosen)):
+            results.append(result)
+    except KeyboardInterrupt:
+        interrupted = True
+        print("interrupted: kept is what was found of the kernels that were tried to the end")
     wrong = [(trial, fault) for trial, fault in results if fault]
     print(table(results))
-    print(f"{len(results)} trials, {len(wrong)} wrong, {time.monotonic() - begin:.0f} s")
+    left_out = f", {len(chosen) - len(results)} left out" if len(results) < len(chosen) else ""
+    print(f"{len(results)} trials, {len(wrong)} wrong{left_out}, {time.monotonic() - begin:.0f} s")
     for trial, fault in wrong:
         print(f"WRONG {trial.label}: {fault}")
     if not options.emulated:  # which says nothing about the kernels that a call on this machine would get
-        file = keep(device, results)
+        file = keep(device, results, chosen)
         print(f"kept in {file}" if file else "nothing was kept")
     if options.report:
         options.report.write_text(json.dumps(report(machine.identity(device), results), indent=1) + "\n")
@@ -74,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "to report it, attach what this prints:\n  python -m cnkernels.check"
             f" --op {trial.case.op} --backend {trial.backend} --report cnkernels-check.json"
         )
-    return 1 if wrong else 0
+    return 1 if wrong else 130 if interrupted else 0
 
 
 def _told(results: Iterable[Result], count: int) -> Iterable[Result]:

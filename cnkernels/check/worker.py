@@ -40,6 +40,8 @@ def main() -> None:
             answer = {"fault": fault(trial, options.device)}
             if options.device.type == "cuda":
                 torch.cuda.synchronize(options.device)
+        except torch.OutOfMemoryError:
+            answer = {"no_memory": True}
         except Exception as error:  # whatever a kernel raises is its fault, and the next trial is another's
             traceback.print_exc()
             lines = str(error).strip().splitlines() or ["no message"]

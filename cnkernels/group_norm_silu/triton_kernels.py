@@ -10,7 +10,7 @@ from cnkernels import layout
 from cnkernels.aot_case import AotCase
 from cnkernels.group_norm_silu.triton_backward import backward_launches
 from cnkernels.group_norm_silu.triton_forward import forward_launches
-from cnkernels.launch import bind
+from cnkernels.launch import bind, with_measured_warps
 from cnkernels.register import dtype_name
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -46,7 +46,7 @@ def group_norm_silu_fwd_plan(x, groups, weight, bias, eps, activation, addend) -
     )
     new_statistics = layout.allocator((batch, groups), torch.float32, x.device)
     new_workspace = layout.allocator((3, batch * groups, partials), torch.float32, x.device)
-    launch, in_two = bind(launches, x.device, _FORWARD), len(launches) == 2
+    launch, in_two = bind(with_measured_warps(launches), x.device, _FORWARD), len(launches) == 2
 
     def run(x, groups, weight, bias, eps, activation, addend):
         y = torch.empty_like(x)
@@ -90,7 +90,8 @@ def group_norm_silu_bwd_plan(dy, x, groups, weight, bias, mean, rstd, activation
     if not need_daddend:  # its programs are all but those of the first row
         parameters = replace(parameters, grid=(parameters.grid[0], 1))
     wanted = (sums, dx if need_dx else None, parameters if need_parameters else None)
-    launch = bind([launch for launch in wanted if launch is not None], x.device, _BACKWARD)
+    launches = with_measured_warps([launch for launch in wanted if launch is not None])
+    launch = bind(launches, x.device, _BACKWARD)
     matches = layout.match(dy, x) is dy
     new_group_sums = layout.allocator((2, batch * groups, partials), torch.float32, x.device)
     new_channel_sums = layout.allocator((3, batch, parts, channels), torch.float32, x.device)

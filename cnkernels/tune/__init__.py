@@ -74,8 +74,10 @@ def _measured(call: Call, device: torch.device, **how: Any) -> list[dict]:
     try:
         results = measure(call, device, **how)
     except torch.OutOfMemoryError:
-        logger.warning("%s is not measured: the device has too little free memory", call)
-        return []
+        smaller = call.of_one_sample()
+        told = "is not measured" if smaller is None else "is measured with one sample"
+        logger.warning("%s %s: the device has too little free memory", call, told)
+        return [] if smaller is None else _measured(smaller, device, **how)
     entries = []
     for direction, measured in results.items():
         by_rule = {name: t.median for name, t in measured.backends.items() if isinstance(t, timing.Timing)}

@@ -36,10 +36,10 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--record", type=Path, metavar="SCRIPT", help="measure the calls of a script instead")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: float16 and bfloat16; on a CPU all")
-    parser.add_argument("--batch", type=int, default=2, help="images in a batch (default 2: one with guidance)")
+    parser.add_argument("--batch", type=_positive, default=2, help="images in a batch (default 2: one with guidance)")
     parser.add_argument("--training", action="store_true", help="backward passes, too")
     parser.add_argument("--again", action="store_true", help="also what was measured before")
-    parser.add_argument("--rounds", type=int, default=timing.ROUNDS, help="turns of each backend")
+    parser.add_argument("--rounds", type=_positive, default=timing.ROUNDS, help="turns of each backend")
     parser.add_argument("--backends-only", action="store_true", help="launch each backend's kernels by rule alone")
     parser.add_argument(
         "--emulated",
@@ -53,6 +53,12 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     logging.basicConfig(format="%(message)s")
@@ -62,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         missing_kernels = emulation.prepare()
         if missing_kernels:
             print(f"the CUDA kernels are left out: {missing_kernels}")
+    if machine.too_old(device):
+        print(machine.too_old(device))
     most = 0 if options.backends_only else 1 if options.emulated else None
     try:
         calls = _calls(options, device)

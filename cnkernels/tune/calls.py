@@ -29,6 +29,14 @@ class Spec:
         return t.normal_()
 
 
+_BATCHED = {  # arguments whose first dimension is the batch
+    "attention": (0, 1, 2),
+    "group_norm_silu": (0, 6),
+    "zero_conv_add": (0, 3, 4),
+    "geglu": (0,),
+}
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of torch.ops.cnkernels.<op>.
@@ -60,6 +68,18 @@ class Call:
         packet = getattr(torch.ops.cnkernels, self.op)
         returns_several = len(packet.default._schema.returns) > 1
         return (lambda *arguments: packet(*arguments)[0]) if returns_several else packet
+
+    def of_one_sample(self) -> "Call | None":
+        """The same call with the first sample of the batch alone; None where it has no more."""
+        batch = self.first.shape[0]
+        if batch == 1 or len(self.first.shape) < 3:
+            return None
+        batched = _BATCHED[self.op]
+        arguments = tuple(
+            replace(a, shape=(1, *a.shape[1:])) if i in batched and isinstance(a, Spec) and a.shape else a
+            for i, a in enumerate(self.arguments)
+        )
+        return replace(self, arguments=arguments)
 
     def tensors(self, device: torch.device) -> list:
         """Fresh arguments, of which those that need gradients are leaves."""

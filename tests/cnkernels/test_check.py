@@ -10,9 +10,11 @@ import torch
 import cnkernels
 from cnkernels import cache, dispatch, findings, machine
 from cnkernels.check import __main__ as check
+from cnkernels.check import run
 from cnkernels.check.cases import LEVELS, cases
 from cnkernels.check.rule import Eager
 from cnkernels.check.runner import Runner
+from cnkernels.check.trial import trials
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the faults are made in the backends of a CPU")
@@ -129,3 +131,73 @@ def test_a_home_that_cannot_be_written_works_without_a_cache(tmp_path, monkeypat
         assert cache.update(machine.identity(CPU), lambda record: None) is None
     assert "CNKERNELS_CACHE" in caplog.text
     assert cache.read(machine.identity(CPU)) == cache.empty(machine.identity(CPU))
+
+
+@pytest.fixture
+def results(own_cache, monkeypatch):
+    """What `run` gives for each trial, in place of what it would find: a fault, None, or an exception to be raised."""
+    given = {}
+
+    def run(chosen, level, device, **_):
+        for trial in chosen:
+            outcome = given.get(trial.label)
+            if isinstance(outcome, BaseException):
+                raise outcome
+            if outcome != "no memory":
+                yield trial, outcome
+
+    monkeypatch.setattr(check, "run", run)
+    return given
+
+
+def kernels(dtype="float16"):
+    checked = cache.read(machine.identity(CPU))["checked"] or {"kernels": []}
+    return [kernel for kernel in checked["kernels"] if kernel[2] == dtype]
+
+
+def test_an_interrupted_check_keeps_what_is_certain(results, capsys):
+    labels = [case.label for case in cases("default") if case.op == "geglu"]
+    results[f"{labels[0]}, bfloat16, aten"] = "output: wrong"
+    results[f"{labels[-1]}, bfloat16, aten"] = KeyboardInterrupt()  # float16 of that case was tried, float32 was not
+    assert check.main(["--op", "geglu", "--backend", "aten"]) == 1
+    told = capsys.readouterr().out
+    assert "interrupted" in told and "2 left out" in told
+    assert kernels("float16") == [["geglu", "aten", "float16"]]
+    assert kernels("float32") == []  # not all of its trials were made
+    assert [fault["dtype"] for fault in cache.read(machine.identity(CPU))["faults"]] == ["bfloat16"]
+    results.clear()
+    results[f"{labels[0]}, float16, aten"] = KeyboardInterrupt()
+    assert check.main(["--op", "geglu", "--backend", "aten"]) == 130
+    assert len(cache.read(machine.identity(CPU))["faults"]) == 1
+
+
+def test_too_little_memory_is_no_fault(results, capsys):
+    label = next(case.label for case in cases("default") if case.op == "geglu")
+    results[f"{label}, float16, aten"] = "no memory"
+    assert check.main(["--op", "geglu", "--backend", "aten"]) == 0
+    assert "0 wrong, 1 left out" in capsys.readouterr().out
+    assert kernels("float16") == [] and kernels("float32") == [["geglu", "aten", "float32"]]
+
+
+def test_a_worker_says_that_memory_was_short(own_cache, caplog):
+    chosen = [t for t in trials("emulated", CPU, ["geglu"], ["aten"]) if t.case.layout == "contiguous"]
+    with caplog.at_level(logging.WARNING):
+        judged = list(run(chosen, "emulated", CPU, preload=["tests.cnkernels.no_memory"]))
+    assert judged == [] and all(f"{trial.label} is left out" in caplog.text for trial in chosen)
+
+
+def test_an_old_gpu_is_served_by_pytorch_alone_and_told_so(results, monkeypatch, capsys):
+    chosen = []
+    monkeypatch.setattr(check, "run", lambda trials, *_, **__: chosen.extend(trials) or [(t, None) for t in trials])
+    monkeypatch.setattr(check, "keep", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert check.main([]) == 0
+    assert {trial.backend for trial in chosen} == {"aten", "reference"}
+    assert "older than compute capability 8.0: only PyTorch's own kernels (aten)" in capsys.readouterr().out
+
+
+def test_a_report_that_cannot_be_written_is_refused_at_once(results, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        check.main(["--report", str(tmp_path / "no" / "report.json")])
+    assert f"the folder {tmp_path / 'no'} does not exist" in capsys.readouterr().err

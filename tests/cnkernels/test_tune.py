@@ -10,6 +10,7 @@ import torch
 
 import cnkernels
 from cnkernels import cache, dispatch, findings, machine, tuning
+from cnkernels import tune as tune_package
 from cnkernels.geglu import reference
 from cnkernels.tune import __main__ as command
 from cnkernels.tune import missing, of_model, record, tune
@@ -174,6 +175,38 @@ def test_a_script_that_raises_or_calls_nothing_is_an_error(own_cache, tmp_path, 
     script.write_text(text)
     assert command.main(["--record", str(script)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_does_not_fit_the_memory_is_measured_smaller(own_cache, monkeypatch, caplog):  # noqa: F811
+    measure = tune_package.measure
+
+    def limited(call, device, **how):
+        if call.first.shape[0] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measure(call, device, **how)
+
+    monkeypatch.setattr(tune_package, "measure", limited)
+    calls = of_model("tiny", torch.float32, training=False)
+    entries = tune(calls, CPU, rounds=1)
+    assert [2 * entry["size"] for entry in entries] == [call.size for call in calls]
+    assert caplog.text.count("is measured with one sample: the device has too little free memory") == len(calls)
+    monkeypatch.setattr(tune_package, "measure", lambda *_, **__: limited(calls[0], CPU))
+    assert tune(calls[:1], CPU) == []
+    assert "is not measured: the device has too little free memory" in caplog.text
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--batch"])
+@pytest.mark.parametrize("value", ["0", "-1", "two"])
+def test_counts_must_be_positive(option, value, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main([option, value])
+    assert f"argument {option}: expected a positive number, got {value}" in capsys.readouterr().err
+
+
+def test_the_random_generator_is_left_alone(own_cache):  # noqa: F811
+    calls, state = recorded(), torch.get_rng_state()
+    tune(calls, CPU, rounds=1)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_unknown_shapes_are_an_error(capsys):

@@ -11,6 +11,8 @@ import torch
 from torch.distributed.distributed_c10d import _get_default_group, _set_pg_timeout
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from cnkernels import check, findings, tune
+from cnkernels.tune import first_call
 from controlnet.training.distributed import RankError, StopRequest, start
 from controlnet.training.run import check_ranks
 from tests.controlnet import tiny_run
@@ -76,6 +78,20 @@ class Hanging(tiny_run.Loader):
 LOADERS = {"nan": Poisoned, "fail": Failing, "announce": Announcing, "kill": Killed, "hang": Hanging}
 
 
+def count_tuning() -> list[int]:
+    """Notes how many calls this rank is to measure each time, and measures one of each op; checks nothing."""
+    counts = []
+
+    def counted(calls, device, **options):
+        counts.append(len(calls))
+        one_of_each = list({call.op: call for call in calls}.values())
+        return tune.tune(one_of_each, device, **{**options, "rounds": 1})
+
+    check.ensure = lambda ops, dtypes, device: []
+    first_call.tune = counted
+    return counts
+
+
 @record
 def main():
     folder, job, *overrides = sys.argv[1:]
@@ -89,6 +105,7 @@ def main():
             cfg.optim.lr = 0.5
         run = tiny_run.trainer(cfg, world, loader=LOADERS.get(job, tiny_run.Loader), stop=stop)
         check_ranks(world, cfg, run.model)
+        measured = count_tuning() if job == "tune" else []
         if job == "signal rank 1" and world.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         if job == "waits":
@@ -101,6 +118,7 @@ def main():
         except RankError as error:
             sys.exit(f"error: step {run.saved_step} is saved; {error}")
         result = {"step": run.step, "skipped": run.skipped, "seen": run.images_seen, "weights": tiny_run.weights(run)}
+        result |= {"measured": measured, "choices": findings.record(world.device)["choices"]}
         torch.save({**result, "stopped": stopped}, f"{folder}/result-rank{world.rank}.pt")
         world.close()
 

@@ -136,6 +136,19 @@ def test_bad_numbers_on_one_rank_skip_the_step_on_both(tmp_path, run_two):
     assert [record["loss_is_finite"] for record in records] == [True, False]
 
 
+def test_the_first_rank_measures_the_kernels_and_both_follow(tmp_path, run_two, environment):
+    environment["CNKERNELS_CACHE"] = str(tmp_path / "cache")
+    parts, keys = ("unet_config", "control_stage_config"), ("channel_mult", "attention_resolutions")
+    one_level = [f"model.{part}.{key}=[1]" for part in parts for key in keys]
+    codes, outputs = run_two(tmp_path, "tune", "model.tune=True", *one_level)
+    assert codes == [0, 0], outputs
+    first, second = results(tmp_path)
+    assert len(first["measured"]) == 1 and first["measured"][0] > 0 and second["measured"] == []
+    assert first["choices"] == second["choices"] and set(first["choices"]) >= {"attention", "group_norm_silu"}
+    for name, tensor in first["weights"].items():
+        assert torch.equal(tensor, second["weights"][name]), name
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_killed_rank_ends_the_others_who_name_it(tmp_path, run_two, ranks):
     every = "exp_manager.checkpoint_callback_params.every_n_train_steps=1"

@@ -4,9 +4,10 @@
  "faults": [{"op", "backend", "dtype", "case", "fault", "date"}],       found by `python -m cnkernels.check`
  "checked": {"date", "kernels": [[op, backend, dtype], ...]} or null,   when last, and all that was ever checked
  "choices": {op: [{"dtype", "head_dim", "direction", "size", "backend", "seconds": {backend: s}, "date",
-                   "configurations": {backend: configuration}, "by_rule": {backend: s}}]}}     what was measured
+                   "launches": bool, "configurations": {backend: configuration}, "by_rule": {backend: s}}]}}
 
-The last two are there where a backend is faster with other launch configurations than by rule.
+Choices are what `python -m cnkernels.tune` measured; "launches" says whether launch configurations were, and the last
+two are there where a backend is faster with others than by rule.
 
 Files are replaced atomically, under a lock. A file that cannot be read is one warning and counts as empty.
 """

@@ -66,6 +66,8 @@ def _measured(record: dict, op: str, dtype: str) -> str | None:
     wins = collections.Counter(entry["backend"] for entry in entries)
     gains = [sorted(entry["seconds"].values()) for entry in entries if len(entry["seconds"]) > 1]
     by = f", {statistics.median(g[1] / g[0] for g in gains):.2f} times as fast as the next" if gains else ""
+    launches = sum(entry["backend"] in entry.get("configurations", {}) for entry in entries)
+    by += f", {launches} of them launched as measured" if launches else ""
     which = ", ".join(f"{backend} for {count}" for backend, count in wins.most_common())
     return f"measured for {len(entries)} calls: {which}{by}; {max(entry['date'] for entry in entries)[:10]}"
 

@@ -16,12 +16,13 @@ __all__ = ["MODELS", "Call", "of_model", "record", "tune"]
 logger = logging.getLogger(__name__)
 
 
-def missing(calls: Sequence[Call], device: torch.device) -> list[Call]:
-    """Those of the calls that were not measured on this machine yet, for the very size."""
+def missing(calls: Sequence[Call], device: torch.device, launches: bool = False) -> list[Call]:
+    """Those of the calls that were not measured here yet, for the very size; with `launches`, those whose launches."""
     known = {
         (op, entry["dtype"], entry["head_dim"], entry["direction"], entry["size"])
         for op, entries in findings.record(device)["choices"].items()
         for entry in entries
+        if entry.get("launches") or not launches
     }
 
     def measured(call: Call) -> bool:
@@ -54,7 +55,8 @@ def tune(
         progress: called with (number done, of how many, the call) before each.
 
     Returns:
-        The new entries: {"op", "dtype", "head_dim", "direction", "size", "backend", "seconds": {backend: s}, "date"},
+        The new entries: {"op", "dtype", "head_dim", "direction", "size", "backend", "seconds": {backend: s},
+        "launches": whether configurations were measured, "date"},
         and where one was faster than by rule "configurations": {backend: configuration} and "by_rule": {backend: s}.
     """
     identity, made = machine.identity(device), []
@@ -95,6 +97,7 @@ def _measured(call: Call, device: torch.device, **how: Any) -> list[dict]:
                     "size": call.size,
                     "backend": min(seconds, key=seconds.get),
                     "seconds": seconds,
+                    "launches": how.get("most") != 0,
                     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 }
             )

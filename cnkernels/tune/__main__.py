@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    todo = list(calls) if options.again else missing(calls, device)
+    todo = list(calls) if options.again else missing(calls, device, launches=most != 0)
     print(f"{len(calls)} kinds of call, {len(calls) - len(todo)} of them measured before")
     progress = Progress(len(todo))
     try:

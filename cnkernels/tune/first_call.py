@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 def at_first_call(model: nn.Module, call: Callable[..., Any] | None = None) -> None:
     """Makes the next call of the model record the ops that it calls, check and measure them, and then go on.
 
+    On a GPU backends are measured launched by rule: seconds. `python -m cnkernels.tune` measures launches as well.
     What was checked and measured on this machine before is not so again: then it costs one more forward pass. A call
     inside a compiler or a CUDA graph that is being captured is left alone, and the one after it counts as the next.
 
@@ -57,7 +58,8 @@ def for_calls(calls: Sequence[Call], device: torch.device) -> None:
         logger.warning("%s is wrong on this machine and will not be used: %s", trial.label, fault)
     todo = missing(calls, device)
     progress = Progress(len(todo))
-    tune(todo, device, progress=lambda done, count, call: progress(done, "kernels measured"))
+    most = 0 if device.type == "cuda" else None  # a launch has to be compiled
+    tune(todo, device, most=most, progress=lambda done, count, call: progress(done, "kernels measured"))
     if todo:
         progress(len(todo), "kernels measured")
         logger.info("measured %d kinds of call for this model; %d were known", len(todo), len(calls) - len(todo))

@@ -3,13 +3,13 @@
 import json
 import multiprocessing
 import pickle
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import cnkernels
-from cnkernels import cache, dispatch, findings, machine, tuning
+from cnkernels import cache, dispatch, findings, machine, timing, tuning
 from cnkernels import tune as tune_package
 from cnkernels.geglu import reference
 from cnkernels.tune import __main__ as command
@@ -48,18 +48,22 @@ def test_record_notes_each_kind_of_call_once():
 
 def test_a_slowed_backend_is_not_chosen(own_cache, monkeypatch):  # noqa: F811
     aten = cnkernels.dispatch.implementation("geglu", torch.zeros(2))
-    right = aten.geglu_fwd
+    now = [0.0]  # a clock that goes by what the backends are said to take
 
-    def slow(projected):
-        time.sleep(0.02)
-        return right(projected)
+    def taking(seconds, function):
+        def timed(projected):
+            now[0] += seconds
+            return function(projected)
 
-    monkeypatch.setattr(aten, "geglu_fwd", slow)
-    monkeypatch.setattr(aten, "geglu_fwd_plan", None, raising=False)
-    monkeypatch.setattr("cnkernels.tune.timings.candidates", lambda call, device: ["aten", "reference"])
+        return timed
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(aten, "geglu_fwd", taking(2.0, aten.geglu_fwd))
+    monkeypatch.setattr(reference, "geglu_fwd", taking(1.0, reference.geglu_fwd))
+    monkeypatch.setattr("cnkernels.tune.timings.candidates", lambda *_: ["aten", "reference"])
     call = next(call for call in recorded(training=False) if call.op == "geglu")
     [entry] = tune([call], CPU, rounds=3)
-    assert entry["backend"] == "reference" and entry["seconds"]["aten"] > 0.02
+    assert entry["backend"] == "reference" and entry["seconds"] == {"aten": 2.0, "reference": 1.0}
     with cnkernels.backend("auto"):
         assert dispatch.select("geglu", CPU, torch.float32, size=call.size) == "reference"
         assert dispatch.implementation("geglu", torch.zeros(call.first.shape)) is reference

@@ -55,7 +55,7 @@ def test_the_fastest_right_configuration_is_chosen_and_followed(own_cache, launc
     own, fast = Tile(8, 256, 4), Tile(16, 256, 8)
     broken = Tile(8, 512, 8)
     behaviour |= {own: 2.0, Tile(4, 256, 4): 3.0, Tile(2, 1024, 4): 1.9, broken: lambda out: out.mul_(1.01)}
-    monkeypatch.setattr("cnkernels.tune.timings.candidates", lambda call, device, emulated: ["triton"])
+    monkeypatch.setattr("cnkernels.tune.timings.candidates", lambda *_: ["triton"])
     call = geglu_call()
     [entry] = tune([call], CPU, rounds=3, emulated=True)
     assert entry["configurations"] == {"triton": {"geglu": dataclasses.asdict(fast)}}
@@ -96,7 +96,7 @@ def test_a_configuration_broken_on_purpose_is_not_chosen(own_cache, launched, mo
 
     behaviour |= dict.fromkeys((Tile(4, 256, 4), Tile(8, 512, 8), Tile(16, 256, 8), Tile(2, 1024, 4)), break_)
     behaviour[Tile(8, 256, 4)] = 2.0
-    monkeypatch.setattr("cnkernels.tune.timings.candidates", lambda call, device, emulated: ["triton"])
+    monkeypatch.setattr("cnkernels.tune.timings.candidates", lambda *_: ["triton"])
     [entry] = tune([geglu_call()], CPU, rounds=2, emulated=True)
     assert calls and "configurations" not in entry
 
@@ -105,7 +105,7 @@ def test_candidates_that_are_slower_or_hardly_faster_change_nothing(own_cache, l
     _, behaviour = launched
     behaviour |= dict.fromkeys((Tile(4, 256, 4), Tile(8, 512, 8), Tile(16, 256, 8), Tile(2, 1024, 4)), 0.98)
     behaviour[Tile(4, 256, 4)] = 1.5
-    monkeypatch.setattr("cnkernels.tune.timings.candidates", lambda call, device, emulated: ["triton"])
+    monkeypatch.setattr("cnkernels.tune.timings.candidates", lambda *_: ["triton"])
     [entry] = tune([geglu_call()], CPU, rounds=2, emulated=True)
     assert "configurations" not in entry and "by_rule" not in entry
 

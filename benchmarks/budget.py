@@ -1,4 +1,4 @@
-"""Time limits that hold by design: of a whole run, and of one provider of one case (compiling one may take minutes)."""
+"""Enforces time limits: of a whole run, and of one provider of one case, whose compilation may take minutes."""
 
 import math
 import signal
@@ -17,7 +17,7 @@ class OverBudget(Interrupted):
 
 
 class Budget:
-    """Seconds that a run may take, and that one provider may take to give its first result."""
+    """The seconds that a run may take, and that one provider may take until its first result."""
 
     def __init__(self, seconds: float = math.inf, each: float = math.inf):
         self.end = time.monotonic() + seconds

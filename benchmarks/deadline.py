@@ -1,8 +1,8 @@
-"""A pytest plugin: tests that have not begun by a given time are skipped and said to be, and such a run fails.
+"""A pytest plugin with a deadline: skips and reports tests that would start after it, and fails such a run.
 
     pytest -p benchmarks.deadline --end UNIX_SECONDS
 
-An interruption would leave half a test that looks like a failure, and with pytest-xdist no report at all.
+Killing pytest instead would leave a test that looks like a failure, and with pytest-xdist no report.
 """
 
 import time

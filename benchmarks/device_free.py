@@ -1,4 +1,4 @@
-"""What of a model's speed and memory is known without a device: `python -m benchmarks.device_free [--model sdxl]`.
+"""Counts saved bytes, operations and FLOPs without a GPU: `python -m benchmarks.device_free [--model sdxl]`.
 
 Saved bytes: what autograd keeps for the backward of one training step of a ControlNet (SD 1.5 at 512x512 or SDXL at
 1024x1024, bfloat16, batch 1, the U-Net locked, no checkpointing), each storage once, parameters apart. Operations:
@@ -58,7 +58,7 @@ class Networks:
     model: Model = MODELS["sd15"]
 
     def storages(self) -> set[int]:
-        """Of all parameters and buffers."""
+        """Returns the ids of the storages of all parameters and buffers."""
         tensors = [t for module in self.modules for t in (*module.parameters(), *module.buffers())]
         return {t.untyped_storage()._cdata for t in tensors}
 
@@ -105,7 +105,7 @@ def inputs(batch: int, model: Model) -> Inputs:
 
 
 def saved_bytes(networks: Networks) -> int:
-    """Bytes that autograd keeps between forward and backward of one training step."""
+    """Counts the bytes that autograd saves for the backward of one training step."""
     own, kept = networks.storages(), {}
 
     def keep(t: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class OperationCounter(TorchDispatchMode):
 
 @torch.no_grad()
 def operations(networks: Networks) -> dict[str, int]:
-    """How often each operation runs in one forward pass of both networks."""
+    """Counts each operation in one forward pass of both networks."""
     arguments = inputs(1, networks.model)
     with OperationCounter() as counter:
         networks.both(*arguments)
@@ -176,7 +176,7 @@ def _group_flops(xs: list[tuple], weights: list[tuple], *_: Any, **__: Any) -> i
 
 @torch.no_grad()
 def flops(network: Callable[..., Any], batch: int, model: Model = MODELS["sd15"]) -> int:
-    """Of the matrix products, convolutions and attention of one forward pass; a multiply-add is two."""
+    """Counts the FLOPs of products, convolutions and attention in one forward pass; a multiply-add is two."""
     mapping = {
         torch.ops.cnkernels.attention: _attention_flops,
         torch.ops.cnkernels.zero_conv_add: _product_flops,
@@ -192,7 +192,7 @@ def flops(network: Callable[..., Any], batch: int, model: Model = MODELS["sd15"]
 
 @contextmanager
 def fake_networks(build: Callable[[], Networks]) -> Iterator[Networks]:
-    """Networks without memory, in bfloat16 and channels_last, whose every tensor is fake."""
+    """Builds networks of fake tensors, which take no memory, in bfloat16 and channels_last."""
     before = torch.get_default_dtype()
     with FakeTensorMode():
         torch.set_default_dtype(DTYPE)

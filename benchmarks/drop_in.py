@@ -36,7 +36,7 @@ Step = Callable[[int], Tensor]
 def pair(
     params: dict[str, Any], device: torch.device, dtype: torch.dtype, layout: torch.memory_format
 ) -> tuple[nn.Module, nn.Module]:
-    """diffusers' U-Net and ControlNet with random weights; the zero convolutions are not zero, or nothing is tested."""
+    """Makes diffusers' U-Net and ControlNet with random weights, in the zero convolutions, too."""
     torch.manual_seed(0)
     unet, control = (m.requires_grad_(False).eval() for m in jobs.diffusers_networks(params, device))
     for layer in (*control.controlnet_down_blocks, control.controlnet_mid_block):

@@ -1,9 +1,9 @@
-"""No row without passing tests: which backends of which ops fail theirs, on this machine, at this commit.
+"""Runs the tests of the ops and reports which backends fail: `benchmarks.run` gives these no row.
 
 python -m benchmarks.gate [--op OP] [--output FILE]                   # runs the tests of the ops' backends
 python -m benchmarks.gate --report JUNIT.xml [--op OP] [--output FILE]  # reads what `pytest --junitxml` left
 
-FILE says of what it is the gate: commit, sources, extension, machine. `benchmarks.run --gate FILE` refuses any other's.
+FILE records commit, sources, extension and machine. `benchmarks.run --gate FILE` refuses a file of others.
 """
 
 import hashlib
@@ -32,12 +32,12 @@ NONE = {"passed": 0, "failed": 0, "skipped": 0, "failures": []}  # what is known
 
 
 def names(op: str, backend: str) -> set[str]:
-    """The test files of an op: those that all backends share, and the backend's own."""
+    """Returns the test files of an op: those shared by all backends, and the backend's own."""
     return {f"test_{op}", f"test_{op}_{backend}", f"test_{backend}_{op}"}
 
 
 def counts(report: Path, op: str, backend: str) -> dict:
-    """Of one backend of an op, in a JUnit report: {"passed": n, "failed": n, "skipped": n, "failures": [names]}."""
+    """Counts one backend's tests in a JUnit report: {"passed": n, "failed": n, "skipped": n, "failures": [names]}."""
     cases = []
     for case in ElementTree.parse(report).iter("testcase"):
         file = case.get("classname", "").rpartition(".")[2]
@@ -67,7 +67,7 @@ def run_tests(of: dict[str, list[str]], report: Path, end: float = math.inf) -> 
 
 
 def statuses(of: list[str], report: Path | None = None, end: float = math.inf) -> dict[str, dict[str, dict]]:
-    """Op -> backend -> `counts`, from a report or, without one, from running the tests until `end`."""
+    """Returns op -> backend -> `counts`, from a report or, without one, by running the tests until `end`."""
     backends = {op: ops.backends(op) for op in of}
     with tempfile.TemporaryDirectory() as folder:
         if report is None and of:
@@ -77,13 +77,13 @@ def statuses(of: list[str], report: Path | None = None, end: float = math.inf) -
 
 
 def sources() -> list[Path]:
-    """The files that the tests test or are, the extension among them."""
+    """Returns the files that determine the test results: sources, tests and the extension."""
     found = [file for name in SOURCES for file in [ROOT / name, *(ROOT / name).rglob("*")]]
     return sorted(file for file in found if file.suffix in (".py", ".cu", ".cuh", ".h", ".cpp", ".so"))
 
 
 def identity() -> dict[str, str | None]:
-    """What test results hold for; any difference makes them results of something else."""
+    """Identifies what test results are valid for: commit, sources, extension and machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     described = machine.describe(device)
     digests = {False: hashlib.sha256(), True: hashlib.sha256()}
@@ -98,12 +98,12 @@ def identity() -> dict[str, str | None]:
 
 
 def write(path: Path, of: dict[str, dict[str, dict]]) -> None:
-    """Keeps the statuses of ops, with what they hold for."""
+    """Writes the statuses of ops with their `identity`."""
     path.write_text(json.dumps({"of": identity(), "tests": of}, indent=1) + "\n")
 
 
 def read(path: Path) -> dict[str, dict[str, dict]]:
-    """The statuses that `write` kept.
+    """Reads the statuses that `write` wrote.
 
     Raises:
         ValueError: they hold for another commit, machine, extension or state of the sources, or the file is no gate.
@@ -128,7 +128,7 @@ def expect_current(report: Path) -> None:
 
 
 def refused(of_op: dict[str, dict]) -> dict[str, str]:
-    """The backends that get no row, with the reason, from the statuses of one op."""
+    """Returns the backends that get no row, with the reason, from the statuses of one op."""
     reasons = {}
     for backend, found in of_op.items():
         if found["failed"]:

@@ -1,4 +1,4 @@
-"""What the units of a Hopper multiprocessor do per cycle: what an attention kernel at head dimension 40 is designed by.
+"""Measures the throughput of a Hopper multiprocessor's units, for the design of attention at head dimension 40.
 
     python -m benchmarks.hopper_micro [--output FILE]      # builds and runs, on an H100 or H200
     python -m benchmarks.hopper_micro --compile-only       # builds and lists the instructions; needs nvcc alone
@@ -173,7 +173,7 @@ def source() -> str:
 
 
 def build(folder: Path) -> Path:
-    """The program, for sm_90a alone: wgmma exists nowhere else."""
+    """Compiles the program for sm_90a, the only architecture with wgmma."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         raise FileNotFoundError("nvcc is not on the PATH; the microbenchmarks need CUDA 12 or later")
@@ -188,7 +188,7 @@ def build(folder: Path) -> Path:
 
 
 def instructions(program: Path) -> dict[str, set[str]]:
-    """Kernel -> the instructions of interest in its machine code."""
+    """Returns kernel -> the instructions of interest in its machine code."""
     tool = triton.knobs.nvidia.cuobjdump.path  # Triton's package carries it; nvdisasm must be beside it
     folders = os.pathsep.join((str(Path(tool).parent), os.environ.get("PATH", "")))
     command = [tool, "--dump-sass", program]

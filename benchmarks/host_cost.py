@@ -1,7 +1,7 @@
-"""What calls and steps cost the host, without a GPU: `python -m benchmarks.host_cost [--json FILE] [--only PART ...]`.
+"""Measures the host's time of calls and steps, without a GPU: `python -m benchmarks.host_cost [--only PART ...]`.
 
-At one image per batch a fast GPU waits for Python. Here everything before a launch is real and the launch is not
-(`benchmarks.stub_gpu`): tensors are tiny, so that arithmetic takes no time, and convolutions do nothing on either side.
+With one image per batch a fast GPU waits for Python. Here everything up to a kernel's launch runs, and the launch is
+stubbed (`benchmarks.stub_gpu`): tensors are tiny, so that arithmetic takes no time, and convolutions do nothing.
 
     ops      one call of each op, by backend, and of what it replaces in PyTorch, without and with gradients (forward
              and backward), in µs of CPU time and as multiples of F.silu of a tiny tensor; the cuda backend needs a C++
@@ -47,7 +47,7 @@ Call = Callable[[], Any]
 
 
 def cpu_seconds(call: Call, times: int) -> float:
-    """Of this thread, a call."""
+    """Measures the CPU seconds of this thread for one call."""
     before = time.thread_time()
     for _ in range(times):
         call()
@@ -55,7 +55,7 @@ def cpu_seconds(call: Call, times: int) -> float:
 
 
 def measure(calls: dict[str, Call], times: int, turns: int) -> dict[str, list[float]]:
-    """CPU seconds of every call in every turn; each goes first in turn."""
+    """Measures the CPU seconds of every call in every turn; the first one rotates."""
     names, seconds = list(calls), {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -76,7 +76,7 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
 
 
 def op_calls(grad: bool) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
-    """Op -> (our call, what it replaces), of tensors that are leaves of autograd's graph if `grad`."""
+    """Returns op -> (our call, PyTorch's equivalent), on tensors that require gradients if `grad`."""
 
     def new(*shape: int) -> Tensor:
         return torch.randn(shape).to(DTYPE).requires_grad_(grad)
@@ -114,7 +114,7 @@ def op_calls(grad: bool) -> dict[str, tuple[Callable[[], Tensor], Callable[[], T
 
 
 def _backward(op: str, side: int) -> Call:
-    """CALLS forward calls, each of leaves of its own, and one backward pass through them all."""
+    """Returns a call that runs CALLS forward passes with leaves of their own and one backward pass through all."""
     calls = [op_calls(True)[op][side] for _ in range(CALLS)]
     outs = [t for call in calls for t in _as_list(call())]
     upstream = tuple(torch.ones_like(out) for out in outs)
@@ -221,7 +221,7 @@ def _training(forward: Callable[[], Tensor], parameters: list[nn.Parameter]) -> 
 
 @contextmanager
 def hints_given() -> Iterator[None]:
-    """Inside the block no hint is embedded, on either side: at 8 x 8 times the pixels it is nothing but arithmetic."""
+    """Skips the hint encoders of both sides inside the block: on 64 times the pixels, they are only arithmetic."""
 
     def embedded(network: nn.Module, hint: Tensor) -> Tensor:
         n, _, height, width = hint.shape
@@ -271,7 +271,7 @@ def steps(turns: int, params: dict[str, Any] = jobs.TINY) -> list[dict[str, Any]
 
 
 class _AllocateOnly(TorchDispatchMode):
-    """PyTorch's own operations of any size: what they would compute is only allocated."""
+    """Replaces PyTorch's operations by allocations of their outputs."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -289,7 +289,7 @@ class _AllocateOnly(TorchDispatchMode):
 
 
 def _device(func: object) -> dict[str, torch.device]:
-    """Where operations that make a tensor of nothing must make it."""
+    """Returns the device argument of operations that create tensors."""
     return {"device": torch.device("meta")} if any(a.name == "device" for a in func._schema.arguments) else {}
 
 
@@ -302,7 +302,7 @@ def _like(t: Tensor) -> Tensor:
 
 
 class FirstSteps:
-    """Steps of our model in SD 1.5's size, whose arithmetic is left out, and the kernels that each compiles."""
+    """Runs steps of our model in SD 1.5's size without arithmetic, and records the kernels that each compiles."""
 
     def __init__(self, training: bool, layout: torch.memory_format, compiled: list[str]):
         self.training, self.layout, self.compiled = training, layout, compiled
@@ -311,7 +311,7 @@ class FirstSteps:
         self.model = model if training else model.requires_grad_(False).eval()
 
     def step(self, batch: int, side: int) -> int:
-        """Kernels that a step compiles which no step before it has."""
+        """Counts the kernels that a step compiles and no step before it has."""
         before = len(self.compiled)
         x = torch.empty(batch, 4, side, side, dtype=DTYPE).contiguous(memory_format=self.layout)
         hint = torch.empty(batch, 3, 8 * side, 8 * side, dtype=DTYPE)

@@ -1,4 +1,4 @@
-"""The two jobs people care about, at SD 1.5's size: a denoise step (with guidance) and a training step.
+"""The benchmarked jobs at SD 1.5's size: a denoise step (with guidance), a denoise loop and a training step.
 
 Weights are random (speed does not depend on them), latents and text states are given, and every provider gets
 channels_last and the same dtype. Providers are built one after the other and freed, so that they share no memory.
@@ -71,7 +71,7 @@ class Job:
 
 
 def images(job: Job, device: torch.device, context_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, hint, timesteps, context of a denoise step with guidance, or of a training step."""
+    """Makes x, hint, timesteps and context of a denoise step with guidance, or of a training step."""
     n = job.batch * (1 if job.name == "training step" else 2)
     options = {"device": device, "dtype": job.dtype}
     x, hint = torch.randn(n, 4, job.side, job.side, **options), torch.rand(n, 3, 8 * job.side, 8 * job.side, **options)
@@ -80,7 +80,7 @@ def images(job: Job, device: torch.device, context_dim: int) -> tuple[Tensor, Te
 
 
 def _captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """`step` as the replay of one CUDA graph."""
+    """Captures `step` in one CUDA graph; returns its replay."""
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -263,7 +263,7 @@ def jobs(small: bool, quick: bool) -> Iterator[Job]:
 
 
 def blank(job: Job, provider: str) -> dict[str, Any]:
-    """The part of a row that is known before anything runs."""
+    """Returns the part of a row that is known before the measurement."""
     row = {"kind": "job", "job": job.name, "shape": job.label, "dtype": str(job.dtype).removeprefix("torch.")}
     return {**row, "layout": "channels_last", "provider": provider}
 
@@ -271,7 +271,7 @@ def blank(job: Job, provider: str) -> dict[str, Any]:
 def row(
     job: Job, provider: str, device: torch.device, small: bool, budget: Budget | None = None, each: float = math.inf
 ) -> dict[str, Any]:
-    """The row of one provider, which is built, timed and freed: they cannot all be in memory at once.
+    """Builds, times and frees one provider (they do not fit in memory together); returns its row.
 
     Args:
         small: reduced width, for a CPU.

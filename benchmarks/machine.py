@@ -1,4 +1,4 @@
-"""The machine a run was made on: names and versions, and the two ceilings that every row is held against."""
+"""Describes the machine of a run: names, versions, and measured peaks of bandwidth and arithmetic."""
 
 import datetime
 import platform
@@ -24,7 +24,7 @@ def _output(*command: str) -> str | None:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Everything a row must carry to be compared with another: device, driver, versions, commit, date."""
+    """Returns the facts that a comparable row needs: device, driver, versions, commit, date."""
     cuda = device.type == "cuda"
     commit, changed = _output("git", "rev-parse", "HEAD"), _output("git", "status", "--porcelain")
     return {
@@ -46,12 +46,12 @@ def folder_name(device: torch.device) -> str:
 
 
 def clocks() -> str | None:
-    """SM and memory clock right now, in MHz."""
+    """Reads the current SM and memory clocks, in MHz."""
     return _output("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader")
 
 
 def ceilings(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, Any]:
-    """Measured ceilings: bytes per second of a large copy, counting both directions, and FLOP/s of a large matmul."""
+    """Measures bytes per second of a large copy, counting both directions, and FLOP/s of a large matmul."""
     count, side = (2**28, 8192) if device.type == "cuda" else (2**24, 768)
     source = torch.randn(count, device=device)
     target = torch.empty_like(source)

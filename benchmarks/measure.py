@@ -1,4 +1,4 @@
-"""From a case to its rows: every provider checked against the same result, then timed with the others in one go."""
+"""Measures a case: checks every provider against the same result, then times all of them interleaved."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -29,7 +29,7 @@ def leaves_of(case: Case, tensors: list[Tensor | None]) -> list[Tensor | None]:
 
 
 def _outputs(case: Case, function: Callable, tensors: list[Tensor | None], upstream: Tensor | None) -> list[Tensor]:
-    """The output, or the gradients, of one provider."""
+    """Computes the output, or the gradients, of one provider."""
     if case.direction == "forward":
         with torch.no_grad():  # as it will be timed: what is compiled is compiled once
             return [function(*tensors)]
@@ -38,7 +38,7 @@ def _outputs(case: Case, function: Callable, tensors: list[Tensor | None], upstr
 
 
 def run_of(case: Case, name: str, function: Callable, sets: list[list[Tensor | None]]) -> timing.Run:
-    """The run of one provider: its forward, or its backward through a graph that was recorded once per input set."""
+    """Returns the call to time: a provider's forward, or its backward through a graph recorded once per input set."""
     if case.direction == "forward":
 
         def forward(i: int) -> Tensor:
@@ -60,7 +60,7 @@ def run_of(case: Case, name: str, function: Callable, sets: list[list[Tensor | N
 
 
 def errors(case: Case, device: torch.device, budget: Budget | None = None) -> dict[str, float | str]:
-    """Relative root-mean-square error of each provider against eager PyTorch in float32; or why it has no result."""
+    """Computes each provider's relative RMS error against eager PyTorch in float32, or the reason for no result."""
     budget = budget or Budget()
     torch.manual_seed(0)
     tensors = case.inputs(device)
@@ -94,7 +94,7 @@ def refusal(name: str, errors: Mapping[str, float | str], dtype: torch.dtype) ->
 
 
 def blank(case: Case, provider: str) -> dict[str, Any]:
-    """The part of a row that is known before anything runs."""
+    """Returns the part of a row that is known before the measurement."""
     return {
         "kind": "op",
         "op": case.op,
@@ -109,7 +109,7 @@ def blank(case: Case, provider: str) -> dict[str, Any]:
 
 
 def reusable_graphs() -> AbstractContextManager:
-    """What is compiled inside may run its backward pass again and again; it reuses no memory of the forward pass."""
+    """Inside the block, compiled functions may run their backward pass repeatedly: no forward memory is reused."""
     return functorch_config.patch(donated_buffer=False)
 
 

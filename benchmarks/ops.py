@@ -1,4 +1,4 @@
-"""The ops as benchmark cases: shapes of SD 1.5 and SDXL, the least bytes and FLOPs, every provider of each result."""
+"""The benchmark cases of the ops: shapes of SD 1.5 and SDXL, minimal bytes and FLOPs, and all providers of a result."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Case:
 
 
 def backends(op: str) -> list[str]:
-    """The backends of an op to time here: the compiled ones that this GPU is new enough for, else what `auto` takes.
+    """Returns the backends of an op to time here: the compiled ones that this GPU supports, else `auto`'s choice.
 
     On a CPU the compiled ones would be interpreted and emulated: such times say nothing.
     """
@@ -205,7 +205,7 @@ OPS = {function.__name__: function for function in (attention, group_norm_silu, 
 
 
 def cases(ops: list[str], batches: list[int], dtypes: list[torch.dtype], small: bool) -> Iterator[Case]:
-    """Every case of the ops named; `small` replaces these shapes by ones that a CPU gets through."""
+    """Yields every case of the given ops; `small` replaces these shapes by ones for a CPU."""
     for op in ops:
         for batch in batches:
             for dtype in dtypes:

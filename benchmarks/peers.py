@@ -1,4 +1,4 @@
-"""The alternatives that each op is timed against. One that is not installed is a provider too: its row says so."""
+"""The alternatives to each op. One that is not installed gets a row that says so."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ SLOW = ("torch.compile", "flex")  # take seconds to compile on every new shape, 
 
 
 def compiled(eager: Function) -> dict[str, Function]:
-    """PyTorch as written, and as its compiler fuses it. CUDA graphs are the harness's own, the same for all."""
+    """Returns eager and compiled PyTorch as providers. CUDA graphs come from the harness, the same for all."""
     mode = "max-autotune-no-cudagraphs" if torch.cuda.is_available() else "default"
     return {"eager": eager, "torch.compile": torch.compile(eager, mode=mode, dynamic=False)}
 
@@ -53,7 +53,7 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention() -> dict[str, Function]:
-    """The attention functions of others, on [B, S, H, D] tensors."""
+    """Returns the attention functions of other libraries, on [B, S, H, D] tensors."""
     if not torch.cuda.is_available():
         return {"eager": _sdpa(SDPBackend.MATH), "sdpa": _sdpa(None)}
     return {
@@ -80,7 +80,7 @@ def group_norm_silu() -> dict[str, Function]:
 
 
 def _addmm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
-    """cuBLASLt's own epilogue: one product that adds the bias, the scale folded into the weight and the bias before."""
+    """One product with cuBLASLt's bias epilogue; the scale is folded into weight and bias beforehand."""
     scale = scale.to(x.dtype)
     rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
     product = torch.addmm(bias * scale, rows, (weight.flatten(1) * scale).t())

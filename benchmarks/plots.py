@@ -1,4 +1,4 @@
-"""The plots of a result, each in a light and a dark variant, in type that a phone can show."""
+"""Plots a result, each figure in a light and a dark variant, readable on a phone."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def _style(theme: dict[str, str]) -> dict[str, Any]:
 
 
 def _speed_ups(result: dict[str, Any]) -> list[tuple[str, float]]:
-    """(case, time of the best peer / our best time) of every op case that has both."""
+    """Returns (case, time of the best peer / our best time) of every op case with both."""
     found = []
     for group in groups(result["rows"], "op").values():
         ours = [r["median"] for r in timed(group) if is_ours(r)]
@@ -48,7 +48,7 @@ def _bars(result: dict[str, Any], theme: dict[str, str]) -> plt.Figure | None:
 
 
 def _roofline(result: dict[str, Any], theme: dict[str, str]) -> plt.Figure | None:
-    """Arithmetic intensity against the rate reached, under the measured ceilings of bytes and of arithmetic."""
+    """Plots FLOP/s over arithmetic intensity, under the measured roofline."""
     rows = [r for r in timed(result["rows"]) if r["kind"] == "op" and r["floor_flops"]]
     matmul = [v for k, v in result["ceilings_before"].items() if k.startswith("matmul") and v]
     if not rows or not matmul:

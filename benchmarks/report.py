@@ -1,4 +1,4 @@
-"""Tables and plots from the files in benchmarks/results/, and the comparison of two of them.
+"""Makes tables and plots of the files in benchmarks/results/, and compares two of them.
 
     python -m benchmarks.report [FILE] [--readme README.md] [--plots FOLDER]
     python -m benchmarks.report --compare OLD NEW
@@ -34,7 +34,7 @@ def _table(header: list[str], body: Iterable[list[str]]) -> str:
 
 
 def op_table(rows: Rows) -> str:
-    """One line per case: our best time, the fraction of the floor, the best peer, and who is ahead by how much."""
+    """Makes one line per case: our best time, the fraction of the lower bound, the best peer, and the speed-up."""
     body = []
     for group in groups(rows, "op").values():
         ours = sorted((r for r in timed(group) if is_ours(r)), key=lambda r: r["median"])
@@ -69,7 +69,7 @@ def job_table(rows: Rows) -> str:
 
 
 def tables(result: dict[str, Any]) -> str:
-    """The section that goes into the README."""
+    """Makes the section of the README."""
     m = result["machine"]
     versions = ", ".join(
         f"{name} {m[name]}" for name in ("torch", "triton", "cuda", "driver", "diffusers") if m.get(name)
@@ -82,7 +82,7 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def write_readme(path: Path, text: str) -> None:
-    """Replaces what stands between the marks."""
+    """Replaces the text between the marks."""
     readme = path.read_text()
     if readme.count(OPEN) != 1 or readme.count(CLOSE) != 1:
         raise ValueError(f"{path}: expected the marks {OPEN} and {CLOSE} once each")
@@ -91,7 +91,7 @@ def write_readme(path: Path, text: str) -> None:
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Time new / old of every row in both, with the noise: the p20 to p80 range of the two, divided."""
+    """Compares two results: new time / old time of every common row, with the ratio's p20 to p80 range."""
     before = {key(row): row for row in timed(old["rows"])}
     body = []
     for row in timed(new["rows"]):

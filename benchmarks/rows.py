@@ -1,4 +1,4 @@
-"""The rows of a result in benchmarks/results/: what tables, plots, tuning and comparisons read of them."""
+"""Reads the rows of results in benchmarks/results/, for tables, plots and comparisons."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path = RESULTS) -> Path:
-    """The latest result, one of a GPU before one of a CPU."""
+    """Returns the newest result, preferring one of a GPU."""
     files = sorted(folder.glob("*/*.json"), key=lambda p: (p.parent.name != "cpu", p.name))
     if not files:
         raise FileNotFoundError(f"no results in {folder}; make one with: python -m benchmarks.run")
@@ -27,12 +27,12 @@ def newest(folder: Path = RESULTS) -> Path:
 
 
 def key(row: dict[str, Any]) -> tuple:
-    """What makes two rows comparable."""
+    """Returns the fields that comparable rows share."""
     return tuple(row.get(k) for k in ("kind", "op", "job", "shape", "dtype", "layout", "direction", "provider"))
 
 
 def groups(rows: Rows, kind: str) -> dict[tuple, Rows]:
-    """Rows of one case together, in the order of the file."""
+    """Groups rows by case, in the order of the file."""
     found: dict[tuple, Rows] = {}
     for row in rows:
         if row["kind"] == kind:

@@ -1,8 +1,8 @@
-"""Times every op and both jobs against every alternative, in one run, and writes one JSON file.
+"""Times every op and job against every alternative in one run, and writes a JSON file.
 
     python -m benchmarks.run [--quick] [--op OP] [--job JOB] [--shape TEXT] [--dtype DTYPE] [--provider NAME]
 
-On a GPU at SD 1.5's sizes; without one at sizes that a CPU gets through, to show that the whole of it works.
+Sizes are SD 1.5's on a GPU, and small ones on a CPU, where a run only shows that the benchmark works.
 
 A run ends within its budget: the commonest shapes go first, and on those what is ready at once (our kernels, eager
 PyTorch, libraries) before what must be compiled for minutes; what is not reached is a row that says so. A case that is
@@ -41,7 +41,7 @@ JOB_PLACE, LAST = 1, 1000  # jobs come after the first shape of every op, compil
 
 @dataclass(frozen=True)
 class Step:
-    """A piece of the run. Steps are carried out by turn, and those of a turn in the order of the file.
+    """One step of the run. Steps run in the order of `turn`, then in the order of the file.
 
     What must be compiled waits for the first QUICK_SHAPES shapes of every op, not for the rarest.
     """
@@ -86,7 +86,7 @@ def budget_of(options: argparse.Namespace) -> Budget:
 
 
 def selected_cases(options: argparse.Namespace, small: bool) -> Iterable[tuple[int, ops.Case]]:
-    """(place of its shape in its op's list, case) of all that was asked for, with the providers asked for."""
+    """Yields (place of its shape in its op's list, case) of the selected cases, with the selected providers."""
     names = options.op or ([] if options.job else list(dispatch.OPS))
     batches = [1] if small else [2] if options.quick else [2, 16]
     default = ["float32"] if small else ["float16"] if options.quick else ["float16", "bfloat16"]
@@ -111,7 +111,7 @@ def selected_jobs(options: argparse.Namespace, small: bool) -> Iterable[jobs.Job
 def steps(
     options: argparse.Namespace, device: torch.device, ceilings: dict, statuses: dict, budget: Budget
 ) -> tuple[list[dict], list[Step]]:
-    """Every row, still blank, in the order of the file; and the steps that fill them, in the order of the run."""
+    """Returns all rows, blank, in the order of the file, and the steps that fill them, in the order of the run."""
     small = device.type != "cuda"
     blank, found = [], []
     for place, case in selected_cases(options, small):
@@ -140,7 +140,7 @@ def steps(
 
 
 def merge(table: dict[tuple, dict], rows: list[dict]) -> None:
-    """Puts a step's rows in their places.
+    """Puts the rows of a step into the table.
 
     A second measurement of a case that ran out of budget half-way and lost a time changes reasons only, so that times
     of two measurements are never mixed.
@@ -152,7 +152,7 @@ def merge(table: dict[tuple, dict], rows: list[dict]) -> None:
 
 
 def run(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """The whole run, as it is written to the file; `keep` gets what there is after every step."""
+    """Runs all steps and returns the content of the file; calls `keep` with the partial content after each step."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     begin, budget = time.monotonic(), budget_of(options)
     names = options.op or ([] if options.job else list(dispatch.OPS))

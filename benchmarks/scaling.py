@@ -1,4 +1,4 @@
-"""How the training step scales: samples per second of all ranks together, over one rank's alone times their number.
+"""Measures how the training step scales: samples per second of all ranks, divided by their number times one rank's.
 
     torchrun --nproc_per_node N -m benchmarks.scaling [--batch PER_RANK] [--output FILE]
 
@@ -24,7 +24,7 @@ STEPS, WARM_UP = 10, 3
 
 
 def build(job: jobs.Job, device: torch.device, params: dict, parallel: bool):
-    """The training step of this rank, with its gradients averaged over all ranks or kept to itself."""
+    """Builds the training step of this rank, with gradients averaged over all ranks if `parallel`."""
     torch.manual_seed(0)
     model = jobs.controlled_unet(device, params)
     loss = DiffusionLoss(model, NoiseSchedule().to(device))
@@ -37,7 +37,7 @@ def build(job: jobs.Job, device: torch.device, params: dict, parallel: bool):
 
 
 def samples_per_second(step, batch: int, device: torch.device) -> float:
-    """Of this rank; all ranks measure at the same time."""
+    """Measures this rank; all ranks measure at the same time."""
     for _ in range(WARM_UP):
         step()
     dist.barrier()

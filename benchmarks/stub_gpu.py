@@ -1,7 +1,7 @@
-"""A GPU that is not there: kernels are specialised for real, compiled where that is asked for, and never launched.
+"""Simulates a GPU for measurements of the host: kernels are specialised, compiled on request, and never launched.
 
-CPU tensors stand for those of a GPU, results are whatever memory holds, and what is left is what a call costs the host
-and which kernels it compiles. `no_arithmetic` takes the heavy work of PyTorch's own operations away as well.
+CPU tensors take the place of GPU tensors, and results are uninitialised memory. What remains is the host's time of a
+call, and the kernels that it compiles. `no_arithmetic` also stubs PyTorch's own heavy operations.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 
 
 class Launcher:
-    """Of one compiled kernel: takes what a launch takes, and does nothing."""
+    """Launcher of one compiled kernel: takes a launch's arguments and does nothing."""
 
     def __init__(self, source: object, metadata: object):
         self.name = getattr(getattr(source, "fn", None), "__name__", "?")
@@ -33,7 +33,7 @@ class Launcher:
 
 
 class Uncompiled:
-    """In place of a compiled kernel: what a launch asks of one."""
+    """Stands in for a compiled kernel; has the attributes that a launch reads."""
 
     function, packed_metadata = 2, ()
 
@@ -67,7 +67,7 @@ class _Utils:
 
 
 class Driver:
-    """What Triton asks of its driver, for a GPU of `arch`, such as 90."""
+    """Stands in for Triton's driver, of a GPU of `arch`, such as 90."""
 
     launcher_cls = Launcher
 
@@ -100,7 +100,7 @@ class Driver:
 
 @contextmanager
 def installed(arch: int = 90, compiled: list[str] | None = None, really: bool = False) -> Iterator[Driver]:
-    """Inside the block, Triton's kernels are those of such a GPU and CPU tensors are its tensors.
+    """Installs the stub inside the block: Triton compiles for such a GPU, and CPU tensors pass for its tensors.
 
     Args:
         compiled: gets the name of each kernel that is compiled, one for each specialisation.
@@ -169,7 +169,7 @@ def cuda_installed(library: ModuleType) -> Iterator[None]:
 
 
 def _forget_kernels() -> None:
-    """As in a process that has compiled nothing yet."""
+    """Clears Triton's caches of compiled kernels."""
     from triton.runtime import jit
 
     plans.forget()
@@ -197,7 +197,7 @@ def _empty_convolution_backward(dout, x, weight, bias_sizes, stride, padding, di
 
 
 def _empty_product(*operands: Tensor, **_: float) -> Tensor:
-    """mm, addmm and bmm."""
+    """Stub of mm, addmm and bmm: allocates the output."""
     a, b = operands[-2:]
     return a.new_empty((*a.shape[:-1], b.shape[-1]))
 
@@ -226,7 +226,7 @@ CONVOLUTIONS = {f"aten::{name}": _KERNELS[name] for name in ("convolution", "con
 
 @contextmanager
 def no_arithmetic() -> Iterator[None]:
-    """Inside the block a CPU's convolutions, products and attention only allocate their results, whoever calls them."""
+    """Inside the block, convolutions, products and attention on the CPU only allocate their outputs."""
     library = torch.library.Library("aten", "IMPL")
     try:
         for name, kernel in _KERNELS.items():

@@ -1,4 +1,4 @@
-"""Memory and FLOPs of a training step by recipe: `python -m benchmarks.training_memory [--model sdxl] [--json FILE]`.
+"""Counts memory and FLOPs of a training step by recipe: `python -m benchmarks.training_memory [--model sdxl]`.
 
 Counted on fake tensors, without a device: SD 1.5 at 512x512 or SDXL at 1024x1024, bfloat16, the U-Net locked. Weights
 (with autocast's copies), gradients, state of the optimizer, average, frozen stages, and what autograd keeps for the
@@ -28,7 +28,7 @@ BACKWARD = 2  # of a product's FLOPs forward, for both gradients; the locked enc
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a ControlNet is trained on one GPU of `ranks`."""
+    """A way to train a ControlNet, on one GPU of `ranks`."""
 
     name: str
     batch: int
@@ -55,7 +55,7 @@ def count(module: nn.Module) -> int:
 
 
 def first_stage(side: int) -> tuple[int, int, float]:
-    """Weights of encoder and decoder, and the FLOPs of encoding one image of `side` pixels."""
+    """Counts the weights of encoder and decoder, and the FLOPs of encoding one image of `side` pixels."""
     from diffusers import AutoencoderKL
 
     levels = 4
@@ -73,7 +73,7 @@ def first_stage(side: int) -> tuple[int, int, float]:
 
 
 def measure(name: str) -> dict[str, object]:
-    """All that the table is made of, of one of `MODELS`."""
+    """Counts everything in the table of one of `MODELS`."""
     model: Model = MODELS[name]
     found: dict[str, object] = {"text": TEXT_ENCODERS[name]}
     for checkpointing in (False, True):
@@ -114,7 +114,7 @@ def table(found: dict[str, object]) -> str:
 
 
 def share_of_encoded(found: dict[str, object]) -> float:
-    """FLOPs of a step on encoded shards over those of a step on images."""
+    """Returns the FLOPs of a step on encoded shards, divided by those of a step on images."""
     # Forward: U-Net and ControlNet. Backward: both gradients of the ControlNet, that of the activations in the decoder,
     # which is somewhat more than half of the U-Net.
     decoder = 0.55 * found["TFLOP, U-Net"]

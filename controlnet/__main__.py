@@ -1,4 +1,4 @@
-"""`python -m controlnet` names the entry points."""
+"""Lists the commands of the package and the shipped configurations: `python -m controlnet`."""
 
 import importlib.util
 import sys

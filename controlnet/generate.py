@@ -28,7 +28,7 @@ __all__ = ["Request", "generate", "load", "main", "read_hint"]
 def load(
     source: Path, config_file: Path | None, overrides: Sequence[str] = (), average: bool = True
 ) -> tuple[Any, Any, Any]:
-    """The trained model with its conditioning and noise schedule, on the CPU, in float32.
+    """Loads a trained model with its conditioning and noise schedule, on the CPU, in float32.
 
     Arguments and errors: as `opening.open_origin`.
     """
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _infer_file(path: Path | None) -> dict[str, Any] | None:
-    """The tree of a file in the layout of NeMo's controlnet_infer.yaml, None for any other file."""
+    """Reads a file in the layout of NeMo's controlnet_infer.yaml; None for any other file."""
     if path is None:
         return None
     tree = config.read(path)
@@ -119,7 +119,7 @@ def _infer_file(path: Path | None) -> dict[str, Any] | None:
 
 
 def _filled(parser: argparse.ArgumentParser, argv: Sequence[str] | None, options: dict[str, Any]) -> argparse.Namespace:
-    """The arguments, with the options of a file where the command line says nothing."""
+    """Parses the arguments, with defaults from the options of a file."""
     lists = {name: value for name, value in options.items() if isinstance(value, list)}  # argparse would append to them
     parser.set_defaults(**{name: value for name, value in options.items() if name not in lists})
     arguments = command.parse(parser, argv)
@@ -152,7 +152,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def draw(
     work: Sequence[Job], origin: Origin, options: argparse.Namespace, progress: Callable[[Sequence[int]], Any]
 ) -> str | None:
-    """Draws every job and writes grid and images; returns why an image shows nothing, or None."""
+    """Draws every job and writes grid and images. Returns the reason if an image is blank, else None."""
     check_size(origin.hint(work[0].hints, options.size), origin.factor)  # before weights are loaded, which takes long
     model, conditioning, schedule = origin.models()
     dtype = config.dtype(options.precision, "--precision")
@@ -192,7 +192,7 @@ def draw(
 
 
 def _facts(request: Request, job: Job, options: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """What an image was made of, for its metadata."""
+    """Collects the settings of an image for its metadata."""
     facts = {**dataclasses.asdict(request), "seed": seed, "hint": " ".join(map(str, job.hints))}
     facts |= {"checkpoint": " ".join(map(str, options.checkpoint)), "precision": options.precision}
     if options.weight:

@@ -1,4 +1,4 @@
-"""Makes the shards that training reads, and checks shards that are there.
+"""Packs images, captions and hints into the shards that training reads, and checks existing shards.
 
 python -m controlnet.shards IMAGES SHARDS [--hint canny]
 python -m controlnet.shards --check SHARDS ...

@@ -3,7 +3,7 @@
     python -m controlnet.train --config FILE key=value ...
     torchrun --nproc_per_node N -m controlnet.train --config FILE key=value ...
 
-What happens is in `training/run.py`.
+The run itself is in `training/run.py`.
 """
 
 import argparse

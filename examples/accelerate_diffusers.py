@@ -1,4 +1,4 @@
-"""A diffusers U-Net and ControlNet of random weights, before and after `accelerate`.
+"""Accelerates a diffusers U-Net and ControlNet of random weights, and compares before and after.
 
 python examples/accelerate_diffusers.py; with real weights, the same line goes after
 `pipe = StableDiffusionControlNetPipeline.from_pretrained(...)`.

@@ -1,4 +1,4 @@
-"""A ControlNet of random weights to diffusers' format and back, bit for bit: python examples/convert_checkpoint.py"""
+"""Converts a random ControlNet to diffusers' format and back, bit for bit: python examples/convert_checkpoint.py"""
 
 import tempfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The four ops on random tensors, forward and backward: python examples/kernels.py"""
+"""Runs the four ops on random tensors, forward and backward: python examples/kernels.py"""
 
 import torch
 

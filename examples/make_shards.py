@@ -1,4 +1,4 @@
-"""A folder of pictures into shards with computed hints, and a check of them: python examples/make_shards.py"""
+"""Packs a folder of pictures into shards with computed hints, and checks them: python examples/make_shards.py"""
 
 import tempfile
 from pathlib import Path

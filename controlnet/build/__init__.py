@@ -1,4 +1,4 @@
-"""From a configuration, or a trained checkpoint (`build.opening`), to the models with their weights."""
+"""Builds the models with their weights, from a configuration or, in `build.opening`, from a trained checkpoint."""
 
 from controlnet.build.models import (
     CLASSES,

@@ -1,4 +1,4 @@
-"""Makes the model and its conditioning from the `model` section of a configuration, pretrained weights included."""
+"""Builds the model and its conditioning from the `model` section of a configuration, and loads their weights."""
 
 import logging
 import os
@@ -46,7 +46,7 @@ _FREE = {"use_checkpoint", "use_flash_attention", "dropout", "legacy", "num_head
 
 
 def build_model(config: Mapping[str, Any], *, weights: bool = True) -> ControlledUNet:
-    """The locked U-Net with its ControlNet, weights loaded.
+    """Builds the locked U-Net with its ControlNet, and loads their weights.
 
     Args:
         config: the `model` section that `config.load` returns.
@@ -67,7 +67,7 @@ def build_model(config: Mapping[str, Any], *, weights: bool = True) -> Controlle
 
 
 def build_conditioning(config: Mapping[str, Any], *, weights: bool = True, precision: str = "fp32") -> Conditioning:
-    """First stage and condition stage, frozen, each in the precision of its `precision` key.
+    """Builds the frozen first stage and condition stage, each in the precision of its `precision` key.
 
     Args: as `build_model`; `precision` is that of a stage without the key, but a first stage, which overflows in
     fp16, then has bf16, or fp32 on a GPU without bf16. A VAE runs on our fused blocks (`controlnet.accelerate`).
@@ -105,7 +105,7 @@ def build_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
 
 
 def _accelerate(vae: nn.Module) -> None:
-    """Gives the VAE our fused blocks, in place; a release of diffusers that they do not know keeps its own."""
+    """Replaces the VAE's blocks by fused ones, in place, or warns about a release of diffusers that was not tested."""
     from controlnet.diffusers import accelerate  # diffusers is an optional package
 
     try:
@@ -121,7 +121,7 @@ def _without_overflow(precision: str) -> str:
 
 
 def instantiate(node: Mapping[str, Any]) -> Any:
-    """The part that a node describes: the class of its `_target_`, called with the other keys.
+    """Builds one part: calls the class that `_target_` names with the other keys as arguments.
 
     Args:
         node: mapping with `_target_` (this package's name, NeMo's, the original's) and the arguments.
@@ -167,14 +167,14 @@ def _check_memory(target: str, arguments: Mapping[str, Any]) -> None:
 
 
 def physical_memory() -> int:
-    """Bytes of memory of this machine, or of the container that the process is in."""
+    """Returns the bytes of memory of this machine, or of the container that the process runs in."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = _MEMORY_LIMIT.read_text().strip() if _MEMORY_LIMIT.is_file() else ""
     return min(total, int(limit)) if limit.isdigit() else total
 
 
 def require_part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The node of a part; raises ConfigError where there is none."""
+    """Returns the node of a part; raises ConfigError where it is None."""
     if config[key] is None:
         raise ConfigError(f"model.{key} is not given; expected a mapping with a _target_")
     return config[key]
@@ -187,9 +187,9 @@ def _without_weights(config: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def load_weights(unet: UNet, control: ControlNet, config: Mapping[str, Any]) -> None:
-    """Loads what a configuration names into models that `build_model` built without.
+    """Loads the weights that a configuration names into models from `build_model(..., weights=False)`.
 
-    Whoever builds the conditioning in between hears of stages that do not fit before gigabytes are read.
+    Callers build the conditioning first: stages that do not fit are then reported before gigabytes are read.
     Raises as `build_model`.
     """
     ours, theirs = config["unet_config"], config["control_stage_config"]
@@ -230,7 +230,7 @@ def check_copy(unet: Architecture, control: Architecture) -> None:
 
 
 def check_vector(given: int | None, taken: int | None, what: str) -> None:
-    """Raises ConfigError unless the condition stage gives the vector y that the U-Net takes, of so many channels."""
+    """Raises ConfigError unless the condition stage's vector y has as many channels as the U-Net takes."""
     if given != taken:
         stage = "no vector y" if given is None else f"a vector y of {given} channels"
         raise ConfigError(

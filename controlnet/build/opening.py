@@ -1,4 +1,4 @@
-"""From the path of a trained ControlNet to the models that draw: by a configuration, or by the base it controls."""
+"""Opens trained ControlNets for inference, with their configuration or with the Stable Diffusion that they control."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ DISTILLED = ("LCMScheduler", "TCDScheduler")  # schedulers of diffusers for mode
 
 @dataclasses.dataclass
 class Origin:
-    """Where the models come from, read as far as hints need it; `models` loads the weights.
+    """The sources of the models. Only what decoding the hints needs has been read; `models` loads the weights.
 
     Attributes:
         cfg: the configuration of the first checkpoint, None with a base.
@@ -51,7 +51,7 @@ class Origin:
     controls: dict[int, ControlNet]  # those that had to be loaded already, by position
 
     def models(self) -> tuple[ControlledUNet, Conditioning, NoiseSchedule]:
-        """The model with its conditioning and noise schedule, on the CPU, in float32.
+        """Loads the model with its conditioning and noise schedule, on the CPU, in float32.
 
         Raises CheckpointError, ConfigError, FileNotFoundError.
         """
@@ -76,7 +76,7 @@ class Origin:
         return model.float().eval(), conditioning, schedule
 
     def hint(self, paths: Sequence[Path], size: tuple[int, int] | None = None) -> Tensor:
-        """The hints of all ControlNets joined, [1, C, H, W] in [0, 1].
+        """Reads the hints of all ControlNets and joins them: [1, C, H, W] in [0, 1].
 
         Args:
             paths: one file for each ControlNet.
@@ -112,7 +112,7 @@ def open_origin(
     overrides: Sequence[str] = (),
     average: bool = True,
 ) -> Origin:
-    """What draws: one ControlNet or several, with the Stable Diffusion that they control.
+    """Finds one or several ControlNets and the Stable Diffusion that they control, without loading its weights.
 
     Args:
         paths: of each ControlNet a run's folder (its newest complete checkpoint is taken), a checkpoint's folder, a
@@ -182,7 +182,7 @@ def _control(path: Path, base: Path | None, average: bool) -> ControlNet:
 
 
 def _conditioning_of(base: Path, is_xl: bool) -> Conditioning:
-    """First stage and text encoders of a Stable Diffusion checkpoint."""
+    """Loads the first stage and the text encoders of a Stable Diffusion checkpoint."""
     first_stage = AutoencoderKL(from_pretrained=str(base))
     text = TextEncoders if is_xl else CLIPTextEncoder
     stated = first_stage.vae.config.scaling_factor if base.is_dir() or not is_xl else XL_SCALE_FACTOR  # a file has none
@@ -191,7 +191,7 @@ def _conditioning_of(base: Path, is_xl: bool) -> Conditioning:
 
 
 def _schedule_of(base: Path) -> NoiseSchedule:
-    """The noise schedule that a pipeline's folder states, else that of Stable Diffusion 1."""
+    """Returns the noise schedule in a pipeline's folder, or Stable Diffusion 1's where there is none."""
     file = base / "scheduler" / "scheduler_config.json"
     stated = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     prediction = stated.get("prediction_type", "epsilon")

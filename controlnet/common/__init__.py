@@ -1,1 +1,1 @@
-"""What several rooms share: the look of command lines, requests for optional packages, and the headers of tar files."""
+"""Code that several packages share: command lines, checks for optional dependencies, and reading of tar headers."""

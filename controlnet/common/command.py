@@ -1,4 +1,4 @@
-"""What the command lines have in common: how help looks, the shipped configurations, and `key=value` settings."""
+"""Helpers for command lines: help with examples, the shipped configurations, and `key=value` settings."""
 
 import argparse
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def shipped() -> list[str]:
-    """The configurations that come with the package, as paths to give to --config."""
+    """Returns the paths of the configurations that come with the package, for --config."""
     folder = Path(__file__).parents[1] / "configs"
     here = Path.cwd()
     inside = folder.is_relative_to(here)
@@ -14,7 +14,7 @@ def shipped() -> list[str]:
 
 
 def parser(module: str, description: str, examples: str) -> argparse.ArgumentParser:
-    """A parser whose --help ends with examples, as they are written."""
+    """Makes a parser whose --help ends with the examples, not rewrapped."""
     return argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=description,
@@ -34,7 +34,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments; settings may stand anywhere among the options. Exits with a message for what is neither."""
+    """Parses the arguments; settings may stand between options. Exits with a message for a word that is neither."""
     arguments, rest = parser.parse_known_args(argv)
     for word in rest:
         name = word.partition("=")[0]

@@ -1,4 +1,4 @@
-"""Packages that only some uses need: asked for where they are wanted, in words that say how to get them."""
+"""Checks for optional packages where they are needed, with an error that says how to install them."""
 
 import importlib.util
 import os
@@ -31,7 +31,7 @@ def _installed(name: str) -> bool:
 
 
 def quiet_libraries() -> None:
-    """Keeps diffusers and transformers from printing what does not concern our users; for entry points, at the start.
+    """Silences notices of diffusers and transformers. Entry points call it before these are imported.
 
     They read these variables when they are imported; a user who has set one keeps what was set.
     """

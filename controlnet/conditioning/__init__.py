@@ -1,4 +1,4 @@
-"""The frozen parts around the U-Net: first stage (image <-> latent) and condition stage (captions -> context)."""
+"""The frozen models around the U-Net: first stage (image <-> latent) and condition stage (captions -> context)."""
 
 from controlnet.conditioning.conditioning import Conditioning
 from controlnet.conditioning.first_stage import AutoencoderKL, SpaceToDepth

@@ -1,4 +1,4 @@
-"""`Conditioning`: first stage and condition stage together, which give the U-Net its latents and its context."""
+"""`Conditioning`: computes the U-Net's latents and context with the first stage and the condition stage."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ TIME_ID_CHANNELS = 256  # of the sinusoids of each of Stable Diffusion XL's six 
 
 
 class Conditioning(nn.Module):
-    """First stage and condition stage, frozen: what turns images and captions into what the U-Net is trained on.
+    """Encodes images to latents and captions to contexts, with a frozen first stage and condition stage.
 
         latents = scale_factor * first_stage.encode(images);  context = cond_stage(tokenize(captions))
 
@@ -27,7 +27,7 @@ class Conditioning(nn.Module):
         cond_stage: `CLIPTextEncoder`, `WordEmbedder` or `sdxl.TextEncoders`.
         scale_factor: brings the latents to about unit variance.
 
-    Each stage computes in its own precision, whatever autocast says, and answers in float32. There are no gradients,
+    Each stage computes in its own precision, independent of autocast, and returns float32. There are no gradients,
     and `train()` leaves it in evaluation mode. `tokenize` is the condition stage's: captions -> int64 [N, T] (of two
     text encoders [N, 2, T]) on the CPU, a small object of its own, which workers of a data loader take along.
     """
@@ -44,7 +44,7 @@ class Conditioning(nn.Module):
 
     @property
     def factor(self) -> int:
-        """Image size over latent size."""
+        """The image's side divided by the latent's."""
         return self.first_stage.factor
 
     @property

@@ -18,7 +18,7 @@ DDCONFIG = (
 
 
 class SpaceToDepth(nn.Module):
-    """A first stage without weights: each square of factor x factor pixels becomes 3 * factor^2 channels.
+    """A first stage without weights, for small models: moves each factor x factor square of pixels into the channels.
 
     Lossless: decode(encode(x)) is x bit for bit, also through `Conditioning` when its scale_factor is a power of two.
     """
@@ -92,12 +92,12 @@ class AutoencoderKL(nn.Module):
         checkpoints.fill(self.vae, tensors, origin, lambda name: False)
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A draw from the posterior: mean + std * noise."""
+        """Samples the posterior: mean + std * noise."""
         mean, std = self.moments(images).unbind(1)
         return mean + std * noise_like(mean, generator)
 
     def moments(self, images: Tensor) -> Tensor:
-        """Mean and standard deviation of the posterior, float32 [N, 2, C, h, w]."""
+        """Returns mean and standard deviation of the posterior, float32 [N, 2, C, h, w]."""
         posterior = self.vae.encode(images.to(self.vae.encoder.conv_in.weight.dtype)).latent_dist
         return torch.stack([posterior.mean.float(), posterior.std.float()], 1)
 
@@ -112,7 +112,7 @@ def noise_like(mean: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _model_folder(path: str | None, part: str) -> Path | None:
-    """The folder with a config.json that a path stands for, itself or its subfolder `part`; None for a file."""
+    """Finds the folder with the config.json: the path itself, or its subfolder `part`. None for a file."""
     if path is None or Path(path).is_file():
         return None
     for folder in (Path(path), Path(path) / part):
@@ -124,7 +124,7 @@ def _model_folder(path: str | None, part: str) -> Path | None:
 
 
 def _vae_architecture(ddconfig: Mapping[str, Any], embed_dim: int) -> dict[str, Any]:
-    """diffusers' arguments for an autoencoder described by the original's names."""
+    """Translates the original's `ddconfig` into diffusers' arguments."""
     for key in ddconfig:
         if key not in DDCONFIG:
             refuse_unknown("ddconfig", key, DDCONFIG)

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL's condition stage: two CLIP text encoders, whose states are joined and the second's pooled."""
+"""Stable Diffusion XL's condition stage: the joined states of two CLIP text encoders, and a pooled state."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ FIRST, SECOND = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B
 
 
 class ProjectedCLIP(CLIPTextEncoder):
-    """Stable Diffusion XL's second text encoder (OpenCLIP's ViT-bigG), which has a projection of the whole text."""
+    """Stable Diffusion XL's second text encoder, OpenCLIP's ViT-bigG, which also returns a pooled state."""
 
     model_class = "CLIPTextModelWithProjection"
     subfolders = ("text_encoder_2", "tokenizer_2")
@@ -25,7 +25,7 @@ class ProjectedCLIP(CLIPTextEncoder):
         return self.encoder.config.projection_dim
 
     def forward(self, captions: Sequence[str] | Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """States [N, T, context_dim] of `layer_idx`, without norm, and the text's projected end [N, pooled_dim]."""
+        """Returns the states [N, T, context_dim] of `layer_idx`, without norm, and the pooled state [N, pooled_dim]."""
         tokens = captions if isinstance(captions, Tensor) else to_device(self.tokenize(captions), self.encoder.device)
         output = self.encoder(input_ids=tokens, output_hidden_states=True)
         return output.hidden_states[self.layer], output.text_embeds

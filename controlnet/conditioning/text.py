@@ -1,4 +1,4 @@
-"""Condition stages, which turn captions into the context of the U-Net: CLIP, and a table of words."""
+"""Condition stages, which encode captions to the context of the U-Net: CLIP, and a small word embedding."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -79,7 +79,7 @@ class CLIPTextEncoder(nn.Module):
         self.encoder.to(dtype(precision, "precision")).requires_grad_(False).eval()
 
     def load(self, tensors: Mapping[str, Tensor], origin: str) -> None:
-        """Takes the weights of a checkpoint's part, whatever the version of transformers called them."""
+        """Loads the weights of a checkpoint's part, under the names of any release of transformers."""
         renamed = {_clip_name(name): tensor for name, tensor in tensors.items()}
         own = {_clip_name(name): name for name in self.encoder.state_dict()}
         found = {own[name]: tensor for name, tensor in renamed.items() if name in own}
@@ -106,7 +106,7 @@ class ClipTokens(NamedTuple):
 
 
 class WordEmbedder(nn.Module):
-    """A condition stage of one table: each word of the caption is a vector, to which its position adds another.
+    """A small condition stage: the sum of a word embedding and a position embedding.
 
     Words are runs of letters and digits, compared in lower case. A word outside the vocabulary is "unknown", the
     context is filled up with "nothing", and words beyond max_length are cut.
@@ -178,7 +178,7 @@ def _words(text: str) -> list[str]:
 
 
 def _clip_name(name: str) -> str:
-    """A CLIP tensor's name without the wrappers that differ between checkpoints and releases of transformers."""
+    """Strips the prefixes of a CLIP tensor's name that differ between checkpoints and releases of transformers."""
     return name.removeprefix("transformer.").removeprefix("text_model.")
 
 

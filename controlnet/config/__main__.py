@@ -1,4 +1,4 @@
-"""`python -m controlnet.config`: every key of a configuration, or what a file comes to."""
+"""Lists every key of a configuration, or checks a file and prints all its values: `python -m controlnet.config`."""
 
 import sys
 from collections.abc import Sequence

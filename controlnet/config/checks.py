@@ -1,4 +1,4 @@
-"""Checks a configuration against the tables: unknown keys, kinds and ranges, the classes and arguments of the parts."""
+"""Checks a configuration against the tables of keys: unknown keys, types and ranges, classes and their arguments."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -42,12 +42,12 @@ def precision(value: Any, key: str = "trainer.precision") -> str:
 
 
 def dtype(value: Any, key: str = "trainer.precision") -> torch.dtype:
-    """The dtype of a precision in any of its spellings; raises as `precision`."""
+    """Returns the torch dtype of a precision in any of its spellings; raises as `precision`."""
     return PRECISIONS[precision(value, key)][0]
 
 
 def defaults(schema: Mapping[str, Any] = SCHEMA) -> dict[str, Any]:
-    """The tree of all defaults."""
+    """Returns the tree of all default values."""
     return {
         key: defaults(entry) if isinstance(entry, dict) else None if entry is STAGE else as_key(entry).default
         for key, entry in schema.items()
@@ -55,7 +55,7 @@ def defaults(schema: Mapping[str, Any] = SCHEMA) -> dict[str, Any]:
 
 
 def every_key(schema: Mapping[str, Any] = SCHEMA, path: str = "") -> Iterator[tuple[str, Key]]:
-    """(dotted path, key) of all keys outside the parts, those of mappings included."""
+    """Yields (dotted path, key) of every key except the arguments of the parts."""
     for name, entry in schema.items():
         full = join(path, name)
         if isinstance(entry, dict):
@@ -67,7 +67,7 @@ def every_key(schema: Mapping[str, Any] = SCHEMA, path: str = "") -> Iterator[tu
 
 
 def check_sections(node: dict, schema: Mapping[str, Any] = SCHEMA, path: str = "") -> None:
-    """Refuses unknown keys; a section left empty in the file becomes an empty mapping, so that its defaults hold."""
+    """Raises ConfigError for unknown keys. A section left empty in the file becomes an empty mapping."""
     for key, value in node.items():
         if key not in schema:
             refuse_unknown(path, key, schema)
@@ -96,7 +96,7 @@ def check_values(node: Mapping[str, Any], schema: Mapping[str, Any] = SCHEMA, pa
 
 
 def check_value(path: str, value: Any, key: Key) -> None:
-    """Raises ConfigError unless the value is one that the key may have."""
+    """Raises ConfigError unless the key may have this value."""
     if key.silent:
         return
     if isinstance(value, str) and len(value) > LONGEST_TEXT:
@@ -119,7 +119,7 @@ def _alternatives(key: Key) -> str:
 
 
 def canonical_target(name: Any) -> str:
-    """This package's name for a `_target_`; raises ConfigError naming the nearest for an unknown one."""
+    """Translates a `_target_` into this package's name; raises ConfigError, with the nearest known name."""
     ours = {CONTROLLED, *ARGUMENTS}
     if not isinstance(name, str):
         raise ConfigError(f"_target_ is {shown(name)}; expected the name of a class, as {sorted(ours)[0]}")
@@ -134,7 +134,7 @@ def canonical_target(name: Any) -> str:
 
 
 def check_stage(node: Any, stage: str) -> dict[str, Any]:
-    """The arguments of a part with its `_target_` under this package's name, checked, without those that nothing reads.
+    """Checks the arguments of a part; returns them without ignored ones, `_target_` under this package's name.
 
     Args:
         node: the mapping of a part, `target` and `params` already resolved.
@@ -167,12 +167,12 @@ def check_stage(node: Any, stage: str) -> dict[str, Any]:
 
 
 def stage_of(target: str) -> str:
-    """The part that a class is for."""
+    """Returns the section that a class belongs in, such as unet_config."""
     return next(stage for stage, targets in STAGES.items() if target in targets)
 
 
 def too_deep(node: Any, limit: int = 32, most: int = 200_000) -> bool:
-    """Whether a tree is nested deeper than `limit` or has more than `most` values: no configuration does."""
+    """True for a tree that is nested deeper than `limit` or has more than `most` values."""
     level, count = [node], 0
     for _ in range(limit):
         level = [child for parent in level for child in _children(parent)]

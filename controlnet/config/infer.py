@@ -29,7 +29,7 @@ SAMPLERS = {"DDIM": None, "UNIPC": "UniPC", "EULER": "Euler"}
 
 
 def nemo_options(tree: dict[str, Any]) -> dict[str, Any]:
-    """The options of generate that a file in the layout of NeMo's controlnet_infer.yaml sets.
+    """Translates the tree of a file in the layout of NeMo's controlnet_infer.yaml into options of generate.
 
     Raises ConfigError for an unknown key, or one that asks for something that is not done.
     """

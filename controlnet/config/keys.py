@@ -1,7 +1,7 @@
-"""The keys of a configuration, with kind, range, default and effect; the arguments of the parts are in `stages.py`.
+"""Every key of a configuration with its type, range, default and effect. Arguments of the parts are in `stages.py`.
 
 To add a key, add it to its section with its effect, and `python -m controlnet.config > docs/configuration.md`. A key
-that nothing here reads is `silent`, with the reason; a value of one that asks for something has a rule in `rules.py`.
+that is accepted and ignored is `silent`, with the reason; values that need more than a range have a rule in `rules.py`.
 """
 
 from typing import Any

@@ -42,7 +42,7 @@ def load(path: str | PathLike, overrides: Iterable[str] = (), *, sections: Itera
 
 
 def read(path: str | PathLike) -> dict[str, Any]:
-    """The tree of a YAML file, interpolations and names as they stand there; raises as `load`."""
+    """Reads a YAML file as it stands, interpolations unresolved; raises as `load`."""
     _omegaconf()
     if Path(path).stat().st_size > _LARGEST_FILE:
         raise ConfigError(f"{path} has {Path(path).stat().st_size} bytes; expected a configuration, below 1 MiB")
@@ -83,12 +83,12 @@ def compose(
 
 
 def save(cfg: "DictConfig", path: str | PathLike) -> None:
-    """Writes a configuration that `load` reads again; what it has from environment variables stays a reference."""
+    """Writes a configuration that `load` reads again. Values from environment variables stay references."""
     _omegaconf().OmegaConf.save(cfg, path, resolve=False)
 
 
 def _checked(merged: "DictConfig", tree: dict) -> "DictConfig":
-    """Checks the values of the merged configuration, moves those that belong elsewhere, and drops the silent ones."""
+    """Checks the values of the merged configuration, applies `rules`, and drops ignored keys."""
     OmegaConf = _omegaconf().OmegaConf
     merged.model._target_ = checks.canonical_target(merged.model._target_)
     if merged.model._target_ in checks.ARGUMENTS:
@@ -128,7 +128,7 @@ def _omegaconf() -> Any:
 
 @contextlib.contextmanager
 def _readable(what: str) -> Iterator[None]:
-    """Lets errors of OmegaConf and YAML be a ConfigError that begins with `what`."""
+    """Turns errors of OmegaConf and YAML into a ConfigError that begins with `what`."""
     import yaml  # comes with OmegaConf
 
     errors = _omegaconf().errors
@@ -166,7 +166,7 @@ def _yaml_children(node: Any) -> list:
 
 
 def _canonical_path(path: str) -> str:
-    """A dotted path in this package's spelling: no `params`, `_target_` for `target`, data and optim at the top."""
+    """Translates a dotted path to our layout: no `params`, `_target_` for `target`, data and optim at the top."""
     parts = [part for part in path.split(".") if part != "params"]
     parts = ["_target_" if part == "target" else part for part in parts]
     if len(parts) > 1 and parts[0] == "model" and parts[1] in ("data", "optim"):
@@ -175,7 +175,7 @@ def _canonical_path(path: str) -> str:
 
 
 def _canonical_tree(node: Any, path: str = "") -> Any:
-    """The tree with every `target`/`params` pair merged into its node and model.data, model.optim at the top."""
+    """Merges every `target`/`params` pair into its node and moves model.data and model.optim to the top."""
     if isinstance(node, list):
         return [_canonical_tree(value, path) for value in node]
     if isinstance(node, str):
@@ -216,12 +216,12 @@ def _apply_override(given: "DictConfig", override: str) -> None:
 
 
 def canonical_node(node: Mapping[str, Any]) -> dict[str, Any]:
-    """A part's mapping in this package's spelling, in plain containers."""
+    """Returns a part's mapping in this package's layout, in plain containers."""
     return _canonical_tree(plain(node))
 
 
 def _paths(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted path below a node, with its value."""
+    """Yields every dotted path below a node with its value."""
     if path:
         yield path, node
     if isinstance(node, dict):

@@ -1,4 +1,4 @@
-"""The page docs/configuration.md: every key with its values, its default and what it does."""
+"""Generates docs/configuration.md: every key with its values, its default and its effect."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ elsewhere and is not built here: the value that asks for nothing is accepted, ot
 
 
 def markdown() -> str:
-    """The text of the page."""
+    """Returns the text of the page."""
     parts = [HEAD]
     sections: dict[str, list[tuple[str, Key]]] = {}
     for path, key in every_key():

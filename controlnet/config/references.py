@@ -1,6 +1,6 @@
-"""Resolves interpolations but for those that lead to an environment variable, which stay references.
+"""Resolves interpolations, except those of environment variables.
 
-What a configuration takes from the environment may be a secret, and a run saves its configuration with each checkpoint.
+A value from the environment may be a secret, and a run saves its configuration with each checkpoint.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -95,7 +95,7 @@ def _map(node: Any, change: Any) -> Any:
 
 
 def _unset(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted path, reason) of every key whose value cannot be read."""
+    """Yields (dotted path, reason) of every key whose value cannot be resolved."""
     from omegaconf.errors import OmegaConfBaseException
 
     for key in list(node) if isinstance(node, Mapping) else range(len(node)):

@@ -1,4 +1,4 @@
-"""What keys mean together: settings that other systems say elsewhere, and those that contradict each other."""
+"""Rules over several keys: moves settings that other systems keep under another key, and refuses contradictions."""
 
 import logging
 import re
@@ -16,7 +16,7 @@ DATA_PARALLEL = re.compile(r"auto|(nlp_?)?ddp\w*|single_device|nemo\w*ddp\w*|meg
 
 
 def apply(cfg: Any, given: Mapping[str, Any]) -> None:
-    """Moves settings to the key that is read, and refuses what asks for something that is not done.
+    """Moves settings to the key that is read, and raises ConfigError for values that ask for a missing feature.
 
     Args:
         cfg: the configuration with its defaults, values checked one by one; changed in place.
@@ -45,7 +45,7 @@ def apply(cfg: Any, given: Mapping[str, Any]) -> None:
 
 
 def _one_of(given: Mapping[str, Any], *paths: str) -> Any:
-    """The value that one of several keys gives, None when none does; they must agree."""
+    """Returns the value that any of several keys has, None if none is set. Raises ConfigError if they differ."""
     values = {path: given[path] for path in paths if given.get(path) is not None}
     (first, value), *others = values.items() or [("", None)]
     for path, other in others:
@@ -97,7 +97,7 @@ def _optimizer(cfg: Any) -> None:
 
 
 def seconds(text: str, path: str) -> int:
-    """Seconds of "DAYS:HOURS:MINUTES:SECONDS", of which the first may be left out."""
+    """Converts "DAYS:HOURS:MINUTES:SECONDS" to seconds; leading parts may be left out."""
     parts = text.split(":")
     if len(parts) > 4 or not all(part.isascii() and part.isdigit() and len(part) < 7 for part in parts):
         raise ConfigError(f"{path} is {text!r}; expected DAYS:HOURS:MINUTES:SECONDS, such as 00:03:55:00")
@@ -113,7 +113,7 @@ def _time_limit(cfg: Any, given: Mapping[str, Any]) -> None:
 
 
 def _batch_entries(cfg: Any, given: Mapping[str, Any]) -> None:
-    """Lets the names of a batch's entries, where they look like a file's extension, be that of the shards."""
+    """Takes names of batch entries that look like a file extension as the extensions in the shards."""
     names = {"image": "first_stage_key", "caption": "cond_stage_key", "hint": "control_key"}
     if len({cfg.model[key] for key in names.values()}) < 3 or "keys" in {cfg.model[key] for key in names.values()}:
         raise ConfigError(

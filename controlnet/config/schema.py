@@ -1,4 +1,4 @@
-"""What a key of a configuration may hold, as data: kind, range, default, and what the key does."""
+"""Describes a configuration key as data: its type, range, default and effect."""
 
 import difflib
 import math
@@ -10,26 +10,25 @@ LARGEST = 2**63 - 1  # of an integer, unless its key says less
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used: names the key, what came and what was expected."""
+    """An invalid configuration. The message names the key, the value and what was expected."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key.
+    """The accepted values, the default and the effect of one key.
 
     Attributes:
-        kinds: accepted types out of bool, int, float, str, list, dict; an int may stand for a float. Empty: any value.
-        default: value of a key that is left out; `...` when the key must be given.
+        kinds: accepted types of bool, int, float, str, list, dict; an int is accepted as a float. Empty: any value.
+        default: value of a missing key; `...` for a required key.
         effect: what the key does here, in a few words, for the table in docs/configuration.md.
-        null: whether null is a value, too.
+        null: whether null is accepted, too.
         low, high: bounds of numbers, inclusive; `above` and `below` exclude their value.
         choices: the only values.
-        only: whether the choices are all that is built here, of more that other systems have; `effect` says why.
-        silent: the key is accepted so that other systems' files run as they are, and nothing reads it; `effect` says
-            why it need not be read. A value that asks for something has a rule in `rules.py`.
-        items: what each entry of a list is.
-        length, longest: entries of a list, exactly and at most.
-        keys: what a mapping may hold.
+        only: other systems have more values than `choices`, for features that are missing here; `effect` says why.
+        silent: the key is accepted, so that other systems' files run unchanged, and ignored; `effect` says why.
+        items: accepted values of a list's entries.
+        length, longest: exact and greatest number of a list's entries.
+        keys: accepted keys of a mapping.
     """
 
     kinds: tuple[type, ...]
@@ -79,7 +78,7 @@ class Key:
         )
 
     def expected(self) -> str:
-        """What the key wants, in words: "an integer from 1 to 64", "a list of 2 numbers at least 0 and below 1"."""
+        """The accepted values in words: "an integer from 1 to 64", "a list of 2 numbers at least 0 and below 1"."""
         if self.choices:
             words = [word(choice) for choice in self.choices]
             return f"one of {', '.join(words)}" if len(words) > 1 else words[0]
@@ -131,32 +130,32 @@ def mapping(effect: str, keys: Mapping[str, Key] | None = None) -> Key:
 
 
 def only(default: Any, why: str, *others: Any) -> Key:
-    """A key of other systems that changes the result there and is not built here: only what asks for nothing."""
+    """A key of another system for a feature that is not implemented: accepts only values that leave it off."""
     values = (default, *others)
     return Key((), default, why, null=None in values, choices=tuple(v for v in values if v is not None), only=True)
 
 
 def silent(default: Any, why: str) -> Key:
-    """A key that nothing reads, whatever its value; see `Key.silent`."""
+    """A key that is accepted and ignored, whatever its value; see `Key.silent`."""
     return Key((), default, why, silent=True)
 
 
 def as_key(entry: Any) -> Key:
-    """A key of the schema that was given by its default alone, whose type it then has."""
+    """Makes a Key of a bare default, whose type it takes."""
     if isinstance(entry, Key):
         return entry
     return Key(() if entry is None else (type(entry),), entry, "")
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite int or float."""
+    """True for a finite int or float, but no bool."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return isinstance(value, int) or math.isfinite(value)
 
 
 def _same(value: Any, choice: Any) -> bool:
-    """Whether two values are one: 0 and 0.0 are, 0 and False are not."""
+    """True for equal values of the same kind: 0 equals 0.0, but not False."""
     return value == choice and (type(value) is type(choice) or (is_number(value) and is_number(choice)))
 
 
@@ -165,7 +164,7 @@ def is_list(value: Any) -> bool:
 
 
 def word(value: Any) -> str:
-    """A value as it stands in a message: a text plain, anything else as YAML writes it, and short."""
+    """Formats an expected value for a message: text as it is, anything else as YAML, shortened."""
     plain = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
         return plain[value]
@@ -173,13 +172,13 @@ def word(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value that came, as it stands in a message: its repr, cut where it is long."""
+    """Formats a given value for a message: its repr, shortened."""
     text = repr(plain(value))
     return text if len(text) <= 200 else text[:197] + "..."
 
 
 def plain(node: Any) -> Any:
-    """Containers of any kind as dict and list, so that nobody sees a type of OmegaConf."""
+    """Converts OmegaConf containers to dict and list."""
     if isinstance(node, Mapping):
         return {key: plain(value) for key, value in node.items()}
     if is_list(node):
@@ -192,18 +191,18 @@ def join(path: str, key: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word most like `word`, however little that is."""
+    """Returns the known word that is most similar to `word`."""
     return difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.0)[0]
 
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:
-    """ " (nearest: KNOWN)" for a word that looks like a slip of the pen, else nothing: to end a message with."""
+    """ " (nearest: KNOWN)" to append to a message, if a known word is similar; else an empty text."""
     found = difflib.get_close_matches(str(word)[:200], sorted(known), n=1)
     return f" (nearest: {found[0]})" if found else ""
 
 
 def refuse_unknown(path: str, key: Any, known: Iterable[str]) -> None:
-    """Raises the ConfigError of a key that is not known."""
+    """Raises ConfigError for an unknown key."""
     known = list(known)
     close = difflib.get_close_matches(str(key)[:200], sorted(known), n=1)
     if close:

@@ -1,4 +1,4 @@
-"""The parts of the model: the classes that `_target_` may name, by all their names, and the arguments of each."""
+"""The classes that `_target_` may name, with the names that other systems have for them, and their arguments."""
 
 from typing import Any
 

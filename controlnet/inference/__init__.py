@@ -1,1 +1,1 @@
-"""The denoising loop, and images to look at."""
+"""Inference: the denoising loop, requests and their images."""

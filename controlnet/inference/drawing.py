@@ -1,4 +1,4 @@
-"""Draws images with a trained ControlNet: a request, and `generate`, which answers it."""
+"""Draws images with a trained ControlNet: `generate` carries out a `Request`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to draw.
+    """The prompt and the settings of one drawing.
 
     prompt, negative_prompt: texts of the conditional and the unconditional half.
     strength, scales: of the control: one factor for all outputs, and one each (13 for Stable Diffusion).
@@ -51,7 +51,7 @@ def generate(
     request: Request,
     progress: Any = lambda order: order,
 ) -> tuple[Tensor, Tensor]:
-    """Images [N, 3, H, W] in [-1, 1], and the latents that they are decoded from.
+    """Draws images: returns them, [N, 3, H, W] in [-1, 1], and the latents that they are decoded from.
 
     Args:
         conditioning: a `controlnet.conditioning.Conditioning`.
@@ -89,7 +89,7 @@ def generate(
 
 
 def check_size(hint: Tensor, factor: int) -> None:
-    """Raises ValueError for a hint whose sides are no multiples of what the first stage shrinks images by."""
+    """Raises ValueError unless the hint's sides are multiples of the first stage's factor."""
     height, width = hint.shape[2:]
     if height % factor or width % factor:
         near = " x ".join(str(max(factor, round(side / factor) * factor)) for side in (width, height))
@@ -99,7 +99,7 @@ def check_size(hint: Tensor, factor: int) -> None:
 
 
 def diffusers_scheduler(name: str, schedule: NoiseSchedule) -> Any:
-    """The scheduler of diffusers with the betas, the prediction and the timesteps of Stable Diffusion's sampling."""
+    """Makes a scheduler of diffusers with this schedule's betas and prediction, and Stable Diffusion's timesteps."""
     if name not in SCHEDULERS:
         raise ValueError(f"scheduler is {name!r}; expected one of {', '.join(SCHEDULERS)}")
     require("diffusers", extra="diffusers", wanted_by=f"it has the scheduler {name}")

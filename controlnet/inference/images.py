@@ -1,4 +1,4 @@
-"""Images to look at: the grid of hints, reconstructions and samples, and why an image shows nothing."""
+"""Pictures for people: grids of hints and samples, PNG files with settings, and the check for blank images."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ def to_uint8(images: Tensor, low: float = -1.0) -> Tensor:
 
 
 def fault(images: Tensor, latents: Tensor) -> str | None:
-    """Why decoded images show nothing, or None when they show something.
+    """Returns the reason why decoded images are blank or broken, or None.
 
     Args:
         images: [N, 3, H, W] decoded from `latents`.
@@ -54,7 +54,7 @@ def fault(images: Tensor, latents: Tensor) -> str | None:
 
 
 def save_png(image: Image.Image, path: Path, facts: Mapping[str, object]) -> None:
-    """Writes a PNG with a text for each fact ("prompt", "seed", ...), where image viewers and `Image.text` show it."""
+    """Writes a PNG with the facts ("prompt", "seed", ...) as its text metadata, which `Image.text` reads."""
     info = PngInfo()
     for name, fact in facts.items():
         info.add_itxt(name, str(fact))
@@ -63,7 +63,7 @@ def save_png(image: Image.Image, path: Path, facts: Mapping[str, object]) -> Non
 
 
 def picture(image: Tensor) -> Image.Image:
-    """The picture of uint8 [3, H, W]."""
+    """Converts uint8 [3, H, W] to a PIL image."""
     return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()))
 
 
@@ -74,7 +74,7 @@ def grid(
     ink: str = "black",
     background: str = "white",
 ) -> Image.Image:
-    """One picture with a labelled row of images for each entry.
+    """Draws one picture with a labelled row of images for each entry.
 
     Args:
         rows: (label, uint8 [N, 3, H, W]) of each row, or a mapping of them; rows may differ in N and size.

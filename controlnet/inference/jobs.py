@@ -1,4 +1,4 @@
-"""Pairs hints with prompts: the pictures that `python -m controlnet.generate` is asked for."""
+"""Pairs hints with prompts for `python -m controlnet.generate`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A name for files, a hint for each ControlNet, and a prompt."""
+    """One drawing: the name of its files, a hint for each ControlNet, and the prompt."""
 
     name: str
     hints: tuple[Path, ...]
@@ -53,7 +53,7 @@ def jobs(hints: Sequence[Sequence[Path]], prompts: Sequence[str], controls: int 
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file, without empty ones."""
+    """Reads the non-empty lines of a text file."""
     lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     if not any(lines):
         raise ValueError(f"--prompts {path} is empty; expected one prompt a line")

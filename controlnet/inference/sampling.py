@@ -1,4 +1,4 @@
-"""The denoising loop: DDIM with classifier-free guidance in one batch, also around the schedulers of diffusers."""
+"""The denoising loop: classifier-free guidance in one batch, with DDIM or with a scheduler of diffusers."""
 
 import inspect
 import math
@@ -21,7 +21,7 @@ GUESS_MODE_DECAY = 0.825
 
 
 def ddim_timesteps(timesteps: int, steps: int) -> list[int]:
-    """The `steps` timesteps that DDIM visits, ascending: i * (timesteps // steps) + 1.
+    """Returns the `steps` timesteps that DDIM visits, ascending: i * (timesteps // steps) + 1.
 
     "Leading" spacing with an offset of one, as Stable Diffusion is sampled. The offset is dropped where it would leave
     the schedule (steps == timesteps). Where `steps` does not divide `timesteps`, exactly `steps` are returned, as by
@@ -37,7 +37,7 @@ def ddim_timesteps(timesteps: int, steps: int) -> list[int]:
 def control_scales(
     count: int, strength: float = 1.0, scales: Sequence[float] | None = None, guess_mode: bool = False
 ) -> list[float]:
-    """The strength of each of the `count` control outputs, the skips from shallow to deep and then the middle block.
+    """Returns the strength of each of the `count` control outputs: skips from shallow to deep, then the middle block.
 
     scale_i = strength * scales_i * (0.825 ** (count - 1 - i) in guess mode)
     """
@@ -61,7 +61,7 @@ def guided(
     guess_mode: bool = False,
     graph: bool | Recorder = False,
 ) -> Predict:
-    """A function (x, t) -> prediction under classifier-free guidance; hint and context are encoded here, once.
+    """Returns a function (x, t) -> prediction with classifier-free guidance; hint and context are encoded here, once.
 
     prediction = uncond + guidance_scale * (cond - uncond), both halves in one batch; the conditional half alone when
     uncond_context is None or guidance_scale is 1.
@@ -116,7 +116,7 @@ def guided(
 
 
 def _randn(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Normal noise drawn where the generator lives, so that a CPU generator gives the same image on every device."""
+    """Draws normal noise on the generator's device: a CPU generator gives the same image on every device."""
     source = generator.device if generator is not None else device
     return torch.randn(tuple(shape), generator=generator, device=source).to(device)
 
@@ -135,7 +135,7 @@ def ddim(
     progress: Callable[[Sequence[int]], Sequence[int]] = lambda order: order,
     **guidance: Any,
 ) -> Tensor:
-    """Latents sampled by DDIM (Song et al. 2020, arXiv:2010.02502), float32 of `shape`.
+    """Samples latents by DDIM (Song et al. 2020, arXiv:2010.02502); returns float32 of `shape`.
 
     x_0 = (x_t - sqrt(1 - a_t) eps) / sqrt(a_t);  sigma = eta sqrt((1 - a_s) / (1 - a_t)) sqrt(1 - a_t / a_s)
     x_s = sqrt(a_s) x_0 + sqrt(1 - a_s - sigma^2) eps + sigma noise
@@ -182,7 +182,7 @@ def sample_with_scheduler(
     x_T: Tensor | None = None,
     progress: Callable[[Sequence[int]], Sequence[int]] = lambda order: order,
 ) -> Tensor:
-    """Latents sampled by a diffusers scheduler around `guided`'s prediction, float32 of `shape`.
+    """Samples latents by a diffusers scheduler around `guided`'s prediction; returns float32 of `shape`.
 
     Args:
         scheduler: a diffusers SchedulerMixin made with the betas and prediction type of the model's noise schedule.

@@ -1,4 +1,4 @@
-"""What the parameters of U-Net and ControlNet mean: one validated object that both classes read."""
+"""The validated hyperparameters of U-Net and ControlNet."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -227,7 +227,7 @@ class Architecture:
         return self.model_channels * self.channel_mult[level]
 
     def has_attention(self, level: int, block: int) -> bool:
-        """Whether attention follows residual block `block` of the level, in encoder and decoder alike."""
+        """True if attention follows residual block `block` of the level, in encoder and decoder alike."""
         count = self.num_attention_blocks
         return 2**level in self.attention_resolutions and (count is None or block < count[level])
 
@@ -238,11 +238,11 @@ class Architecture:
         return self.num_heads_upsample if separate else self.num_heads
 
     def depth(self, level: int | None) -> int:
-        """Transformer blocks in the spatial transformers of a level (None: of the middle block)."""
+        """Returns the number of transformer blocks at a level (None: in the middle block)."""
         return self.transformer_depth_middle if level is None else self.transformer_depth[level]
 
     def reads_context_only(self, level: int | None) -> bool:
-        """Whether the transformers of a level (None: of the middle block) have no self-attention."""
+        """True if the transformers of a level (None: of the middle block) have no self-attention."""
         if level is None:
             return self.disable_middle_self_attn
         return self.disable_self_attentions is not None and self.disable_self_attentions[level]
@@ -265,7 +265,7 @@ class UNetArchitecture(Architecture):
 
 @dataclass(frozen=True, kw_only=True)
 class ControlNetArchitecture(Architecture):
-    """Architecture of a ControlNet: that of the encoder and middle block which it is the copy of, and the hint's.
+    """Architecture of a ControlNet: that of the encoder and middle block that it copies, and of the hint encoder.
 
     Args:
         hint_channels: channels of the hint.
@@ -288,5 +288,5 @@ class ControlNetArchitecture(Architecture):
 
     @property
     def hint_factor(self) -> int:
-        """The hint's size over the latent's."""
+        """The hint's side divided by the latent's."""
         return 2 ** (len(self.hint_block_channels) - 1)

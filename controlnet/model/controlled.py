@@ -1,4 +1,4 @@
-"""The locked U-Net with a ControlNet beside its encoder: one prediction, to be read on one screen."""
+"""One prediction of the locked U-Net with its ControlNet: `ControlledUNet`."""
 
 from collections.abc import Iterator, Sequence
 
@@ -37,11 +37,11 @@ class ControlledUNet(nn.Module):
             self.control.zero_convs.requires_grad_(False)
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that the optimizer updates."""
+        """Yields the parameters that the optimizer updates."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def prepare_context(self, context: Tensor) -> Tensor | tuple[Prepared, Prepared]:
-        """The keys and values of a context [N, T, D] in both models: the `context` of any number of calls."""
+        """Computes the keys and values of a context [N, T, D] in both models, for use as `context` of many calls."""
         if not self.unet.arch.use_spatial_transformer:
             return context  # which nothing reads
         return self.unet.prepare_context(context), self.control.prepare_context(context)
@@ -57,7 +57,7 @@ class ControlledUNet(nn.Module):
         scales: float | Tensor | Sequence[float | Tensor] = 1.0,
         y: Tensor | None = None,
     ) -> Tensor:
-        """The prediction [N, C, h, w] at x.
+        """Predicts at x: returns [N, C, h, w].
 
         Args:
             x: [N, C, h, w] noisy latents.

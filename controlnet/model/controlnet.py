@@ -16,7 +16,7 @@ from controlnet.model.unet import Context, Trunk, check_shape
 
 
 class HintEncoder(nn.Sequential):
-    """Convolutions with SiLU between them, whose results are not kept for backward."""
+    """Convolutions with SiLU between them; backward recomputes the SiLUs instead of saving them."""
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self:
@@ -25,7 +25,7 @@ class HintEncoder(nn.Sequential):
 
 
 def hint_encoder(hint_channels: int, stage_channels: Sequence[int], out_channels: int) -> HintEncoder:
-    """Pixels to features at the latent's resolution: 3x3 convolutions with SiLU between them, the last one zero.
+    """Builds the hint encoder, pixels -> features of the latent's size: 3x3 convolutions and SiLU, the last one zero.
 
     The first stage keeps the resolution, each further one halves it.
     """
@@ -37,7 +37,7 @@ def hint_encoder(hint_channels: int, stage_channels: Sequence[int], out_channels
 
 
 class ControlNet(Trunk):
-    """A copy of the U-Net's encoder and middle block, a hint added at the entry and zero convolutions at the exits.
+    """A copy of the U-Net's encoder and middle block, with the hint added at the entry and zero convolutions as exits.
 
         h_0 = conv(x) + hint_encoder(hint);  h_i = block_i(h_(i-1), timesteps, context)
         output_i = scale_i * zero_conv_i(h_i)        i = 0 .. the number of input blocks; the last is the middle block
@@ -64,7 +64,7 @@ class ControlNet(Trunk):
 
     @torch.no_grad()
     def copy_from(self, unet: Trunk) -> None:
-        """Set timestep embedding, encoder and middle block to those of the U-Net; the rest stays as it is.
+        """Copies timestep embedding, encoder and middle block from the U-Net; the rest is unchanged.
 
         Raises:
             ValueError: the U-Net lacks one of these tensors, or has it in another shape.
@@ -80,7 +80,7 @@ class ControlNet(Trunk):
             tensor.copy_(source[name])
 
     def encode_hint(self, hint: Tensor) -> Tensor:
-        """Features [N, model_channels, H / f, W / f] of a hint [N, hint_channels, H, W] in [0, 1].
+        """Encodes a hint [N, hint_channels, H, W] in [0, 1] to features [N, model_channels, H / f, W / f].
 
         f = arch.hint_factor, 8 for Stable Diffusion. A hint that stays the same over many calls is encoded once.
         """
@@ -99,7 +99,7 @@ class ControlNet(Trunk):
         guided_hint: Tensor | None = None,
         y: Tensor | None = None,
     ) -> list[Tensor]:
-        """The residuals for the U-Net's skips, then the one for its middle block: 13 tensors for Stable Diffusion.
+        """Computes the residuals of the U-Net's skips, then of its middle block: 13 tensors for Stable Diffusion.
 
         Args:
             x: [N, in_channels, H, W], the same latents as the U-Net's, cast to the dtype of the weights.

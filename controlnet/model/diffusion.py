@@ -17,7 +17,7 @@ PARAMETERIZATIONS = ("eps", "v", "x0")
 def make_betas(
     beta_schedule: str, timesteps: int, linear_start: float, linear_end: float, cosine_s: float = 8e-3
 ) -> Tensor:
-    """The variances beta_t of the forward process, float64 [timesteps].
+    """Returns the variances beta_t of the forward process, float64 [timesteps].
 
     "linear" is linear in sqrt(beta), as Stable Diffusion was trained (diffusers calls it "scaled_linear");
     "sqrt_linear" is linear in beta; "sqrt" is the square root of that; "cosine" follows
@@ -88,7 +88,7 @@ class NoiseSchedule(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
-        """The schedule of a `model` section, whose keys have the names of the arguments."""
+        """Makes the schedule of a configuration's `model` section, whose keys have the names of the arguments."""
         return cls(
             config["timesteps"],
             config["linear_start"],
@@ -104,12 +104,12 @@ class NoiseSchedule(nn.Module):
         return self.signal[t].to(like.dtype).view(shape), self.sigma[t].to(like.dtype).view(shape)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t for clean latents x0 [N, C, H, W], noise of the same shape and timesteps t int64 [N]."""
+        """Returns x_t of clean latents x0 [N, C, H, W], noise of the same shape and timesteps t int64 [N]."""
         signal, sigma = self._coefficients(t, x0)
         return signal * x0 + sigma * noise
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network should answer at x_t (arguments as `add_noise`)."""
+        """Returns the network's training target at x_t (arguments as `add_noise`)."""
         if self.parameterization == "eps":
             return noise
         if self.parameterization == "x0":
@@ -118,7 +118,7 @@ class NoiseSchedule(nn.Module):
         return signal * noise - sigma * x0
 
     def min_snr_weights(self, t: Tensor, gamma: float) -> Tensor:
-        """The weight of each sample's squared error, float32 [N], by min-SNR-gamma (Hang et al., arXiv:2303.09556).
+        """Weights of the samples' squared errors, float32 [N], by min-SNR-gamma (Hang et al., arXiv:2303.09556).
 
         snr = alpha_bar / (1 - alpha_bar). An error in x_0 weighs min(snr, gamma); one in the noise is snr times, and
         one in v snr + 1 times as large, hence min(snr, gamma) / snr and min(snr, gamma) / (snr + 1).
@@ -129,7 +129,7 @@ class NoiseSchedule(nn.Module):
         return (snr.clamp(max=gamma) / scale).float()
 
     def predict_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean latent that a prediction at x_t implies."""
+        """Computes the clean latent from a prediction at x_t."""
         if self.parameterization == "x0":
             return prediction
         signal, sigma = self._coefficients(t, x_t)
@@ -138,7 +138,7 @@ class NoiseSchedule(nn.Module):
         return (x_t - sigma * prediction) / signal
 
     def predict_eps(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise that a prediction at x_t implies."""
+        """Computes the noise from a prediction at x_t."""
         if self.parameterization == "eps":
             return prediction
         signal, sigma = self._coefficients(t, x_t)
@@ -148,7 +148,7 @@ class NoiseSchedule(nn.Module):
 
 
 class DiffusionLoss(nn.Module):
-    """Mean squared error between the prediction at x_t and the schedule's target: what a training step computes.
+    """The training loss: mean squared error between the prediction at x_t and the schedule's target.
 
     Args:
         min_snr_gamma: weighs each sample's error as `NoiseSchedule.min_snr_weights` says; None weighs all alike.
@@ -169,7 +169,7 @@ class DiffusionLoss(nn.Module):
         timesteps: Tensor,
         y: Tensor | None = None,
     ) -> Tensor:
-        """The loss, a float32 scalar.
+        """Returns the loss, a float32 scalar.
 
         Args:
             latents: float32 [N, C, h, w], scaled as the first stage says.

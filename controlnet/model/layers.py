@@ -26,7 +26,7 @@ class Prepared(dict[nn.Module, Any]):
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d with square strides that keeps its input only for the gradient of its weight, and no promised input."""
+    """nn.Conv2d that saves its input only if its weight is trained, and recomputes a deferred input in backward."""
 
     def forward(self, x: Tensor | Later) -> Tensor:
         return recompute.chain(x, recompute.ConvProduct(self.stride[0], self.padding[0]), self.weight, self.bias)
@@ -37,7 +37,7 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> Conv2d:
 
 
 class Conv1x1Add(nn.Conv2d):
-    """A 1x1 convolution added to a residual."""
+    """A 1x1 convolution whose result is added to a residual by the same kernel."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, kernel_size=1)
@@ -47,14 +47,14 @@ class Conv1x1Add(nn.Conv2d):
 
 
 def zeroed(module: nn.Module) -> nn.Module:
-    """The module, with all its parameters set to zero."""
+    """Sets all parameters of the module to zero; returns it."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def checkpointed(function: Callable[..., Tensor], *args: Any, enabled: bool, dropout: float = 0.0) -> Tensor:
-    """function(*args), recomputed in backward if enabled. Random state is restored only where dropout draws on it."""
+    """Calls function(*args), with activation checkpointing if enabled; keeps random state only for dropout."""
     if enabled and torch.is_grad_enabled():
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=dropout > 0)
     return function(*args)
@@ -85,7 +85,7 @@ class TimestepEmbedding(nn.Sequential):
         self.frequencies = torch.exp(-math.log(10000) * index / self.half)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Move or cast the module; the frequencies move with the weights, and stay float32 when those are cast."""
+        """Moves or casts the module. The frequencies move with the weights, but stay float32."""
         super()._apply(fn, recurse)
         self._place_frequencies()
         return self
@@ -99,7 +99,7 @@ class TimestepEmbedding(nn.Sequential):
 
 
 def sinusoids(values: Tensor, channels: int) -> Tensor:
-    """[cos(v f), sin(v f)] of each value, with the frequencies of `TimestepEmbedding`, float32.
+    """Returns [cos(v f), sin(v f)] of each value, float32, with the frequencies of `TimestepEmbedding`.
 
     Stable Diffusion XL's vector y is the pooled prompt and, with 256 channels, the sinusoids of the original size, the
     crop's corner and the target size, each (height, width) or (top, left).
@@ -117,13 +117,13 @@ def sinusoids(values: Tensor, channels: int) -> Tensor:
 
 
 def vector_embedding(channels: int, embedding_channels: int) -> nn.Sequential:
-    """The MLP that embeds a vector beside the timestep: the original's `label_emb`, which is nested."""
+    """Builds the MLP that embeds the vector y, the original's `label_emb`, in its nesting."""
     layers = nn.Linear(channels, embedding_channels), nn.SiLU(), nn.Linear(embedding_channels, embedding_channels)
     return nn.Sequential(nn.Sequential(*layers))
 
 
 class Downsample(nn.Module):
-    """Halve the resolution, rounding up (a strided convolution) or down (average pooling, when use_conv is False)."""
+    """Halves the resolution by a strided convolution (rounds up), or with use_conv=False by pooling (rounds down)."""
 
     def __init__(self, channels: int, use_conv: bool):
         super().__init__()
@@ -134,7 +134,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour to a given size, then a convolution if use_conv.
+    """Nearest-neighbour upsampling to a given size, then a convolution if use_conv.
 
     The size is that of the skip to be joined, hence twice the input's, or one less where the encoder met an odd size.
     """
@@ -212,7 +212,7 @@ class ResBlock(nn.Module):
         return h + x if isinstance(self.skip_connection, nn.Identity) else self.skip_connection(x, h)
 
     def _second(self, h: Tensor, embedding: Tensor) -> Tensor:
-        """The second half of the residual branch; embedding [N, out_channels], or twice with use_scale_shift_norm."""
+        """Second half of the residual branch. embedding: [N, out_channels], or twice that with use_scale_shift_norm."""
         norm, _, dropout, conv = self.out_layers
         if self.use_scale_shift_norm:
             scale, shift = embedding[:, :, None, None].chunk(2, dim=1)

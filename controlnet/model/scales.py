@@ -13,12 +13,12 @@ Scale = float | Tensor
 
 
 def is_mask(scale: Scale) -> bool:
-    """Whether a scale varies over the image: [B, 1, h, w] with more than one pixel."""
+    """True for a scale that varies over the image: [B, 1, h, w] with more than one pixel."""
     return isinstance(scale, Tensor) and scale.dim() == 4 and scale.shape[2:] != (1, 1)
 
 
 def check_scale(scale: Scale, batch: int) -> None:
-    """Raise ValueError for a mask or a batch of numbers that does not fit the batch."""
+    """Raises ValueError for a mask or a batch of numbers that does not fit the batch."""
     if isinstance(scale, Tensor) and scale.dim() == 4:
         if scale.shape[1] != 1 or scale.shape[0] not in (1, batch) or scale.numel() == 0:
             raise ValueError(
@@ -34,7 +34,7 @@ def controlled(
     residuals: Sequence[Tensor | None],
     scales: Sequence[Scale],
 ) -> list[Tensor]:
-    """residual + scale * zero_conv(feature) of each output, masks averaged over areas to the features' resolutions.
+    """Computes residual + scale * zero_conv(feature) of each output; masks are area-averaged to the features' sizes.
 
     Only a mask is multiplied outside the fused operation. Where the scale is the number 0, the output is the residual
     itself, or zeros, and nothing is computed; a convolution that is being trained gets its gradient of zero all the
@@ -75,7 +75,7 @@ def _computed(layers: Sequence[tuple[ZeroConv2d, Tensor, Tensor | None, Scale]])
 
 
 def _one_pixel(scale: Scale) -> Scale:
-    """A mask of one pixel for all samples is one number."""
+    """Reduces a mask of one pixel to its numbers."""
     return scale.reshape(()) if isinstance(scale, Tensor) and scale.shape == (1, 1, 1, 1) else scale
 
 
@@ -87,7 +87,7 @@ def _masked(output: Tensor, residual: Tensor | None, mask: Tensor) -> Tensor:
 def for_both_halves(
     scales: Scale | Sequence[Scale], batch: int, device: torch.device, *, conditional_only: bool
 ) -> Scale | list[Scale]:
-    """The scales of a batch for the batch of its [unconditional, conditional] halves.
+    """Doubles the scales of a batch for guidance's [unconditional, conditional] batch.
 
     Args:
         scales: one for all outputs of the ControlNet or a list with one for each: a number, or a tensor 0-d, [batch],

@@ -1,4 +1,4 @@
-"""Several ControlNets on one U-Net, each with its own hint and weight, in the place of one."""
+"""Several ControlNets on one U-Net, each with its own hint and weight, behind the interface of one."""
 
 from collections.abc import Sequence
 
@@ -49,12 +49,12 @@ class SeveralControlNets(nn.Module):
         return self.controls[0].zero_convs
 
     def encode_hint(self, hint: Tensor) -> Tensor:
-        """The features of all hints, [N, sum of model_channels, h, w]."""
+        """Encodes all hints: returns [N, sum of model_channels, h, w]."""
         hints = hint.split(self.hint_channels, dim=1)
         return torch.cat([control.encode_hint(part) for control, part in zip(self.controls, hints, strict=True)], 1)
 
     def prepare_context(self, context: Tensor) -> list[Prepared]:
-        """What each ControlNet keeps of a context."""
+        """Computes each ControlNet's keys and values of a context; see `Trunk.prepare_context`."""
         return [control.prepare_context(context) for control in self.controls]
 
     def forward(
@@ -69,7 +69,7 @@ class SeveralControlNets(nn.Module):
         scales: Scale | Sequence[Scale] = 1.0,
         guided_hint: Tensor | None = None,
     ) -> list[Tensor]:
-        """As `ControlNet.forward`; each one adds to what the one before it gave."""
+        """As `ControlNet.forward`; each ControlNet adds to the outputs of the one before."""
         features = (self.encode_hint(hint) if guided_hint is None else guided_hint).split(self.feature_channels, dim=1)
         contexts = context if isinstance(context, list) else [context] * len(self.controls)
         scales = scales if isinstance(scales, Sequence) else [scales] * len(residuals)

@@ -1,6 +1,7 @@
 """Attention over the pixels of an image: the spatial transformer, and the attention block of models without context.
 
-Every projection reads the promise of its norm (`cnkernels.recompute`), and every way back is added to its residual.
+Projections take the deferred output of the norm before them, which backward recomputes (`cnkernels.recompute`); output
+projections add the residual in the same kernel.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from controlnet.model.layers import Prepared, checkpointed, zeroed
 
 
 class Projection(nn.Linear):
-    """A linear layer over tokens, which may be promised; with a residual, the layer added to it."""
+    """A linear layer over tokens, which may be deferred (`recompute.Later`), added to a residual, if given."""
 
     def forward(self, x: Tensor | Later, residual: Tensor | None = None) -> Tensor:
         return recompute.chain(x, recompute.LINEAR, self.weight, self.bias, residual)
@@ -43,14 +44,14 @@ class PixelProjection(nn.Linear):
 
 
 class PixelProjectionBack(PixelProjection):
-    """The way back: tokens [N, H * W, in] added to an image [N, out, H, W], in its memory format."""
+    """The output projection: tokens [N, H * W, in], added to an image [N, out, H, W], in its memory format."""
 
     def forward(self, tokens: Tensor, image: Tensor) -> Tensor:
         return recompute.pixels_add(tokens, self.matrix(), self.bias, image)
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for q [N, Sq, H, D] and k, v [N, Sk, H, D], with the score matrix in memory."""
+    """softmax(q k^T / sqrt(D)) v, unfused, with the score matrix in memory. q: [N, Sq, H, D]; k, v: [N, Sk, H, D]."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [N, H, S, D]
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # [N, H, Sq, Sk]
     return (scores.softmax(dim=-1) @ v).transpose(1, 2)
@@ -91,12 +92,12 @@ class CrossAttention(nn.Module):
         return self.to_out[0](self.attend(q, k, v).flatten(2), residual)
 
     def project(self, tokens: Later) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v [N, S, H, D] of tokens that attend to themselves."""
+        """Projects tokens to q, k and v [N, S, H, D] for self-attention."""
         packed = recompute.chain(tokens, recompute.LINEAR, self.to_qkv)
         return packed.unflatten(2, (3, self.heads, -1)).unbind(2)
 
     def project_context(self, context: Tensor) -> Tensor:
-        """k and v of a context, [N, T, 2, H, D]."""
+        """Projects a context to k and v, [N, T, 2, H, D]."""
         return recompute.linear(context, self.to_kv).unflatten(2, (2, self.heads, -1))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -130,7 +131,7 @@ class GEGLUProjection(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU to four times the width, and back, added to a residual."""
+    """GEGLU with four times the width, projected back and added to a residual."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The U-Net of latent diffusion, cut where a ControlNet attaches: `encode` to the middle block, `decode` from there."""
+"""The U-Net of latent diffusion in two halves, between which a ControlNet attaches: `encode` and `decode`."""
 
 import inspect
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ Context = Tensor | Prepared | None  # [N, T, context_dim], or of `Trunk.prepare_
 
 
 def check_shape(name: str, tensor: Tensor | None, *expected: int | str) -> None:
-    """Raise ValueError unless the tensor has the expected sizes; a size given by a letter may be any."""
+    """Raises ValueError unless the tensor has the expected sizes; a letter stands for any size."""
     if tensor is None:
         raise ValueError(f"{name} is None; expected a tensor [{', '.join(map(str, expected))}]")
     sizes = zip(tensor.shape, expected, strict=False)
@@ -35,7 +35,7 @@ def check_shape(name: str, tensor: Tensor | None, *expected: int | str) -> None:
 
 
 class TimestepSequential(nn.Sequential):
-    """Layers in sequence, each given what it takes of the timestep embedding, the context and the size to reach."""
+    """Layers in sequence; passes timestep embedding, context and output size to the layers that take them."""
 
     def forward(self, h: Tensor, embedding: Tensor, context: Context, size: Size | None = None) -> Tensor:
         for layer in self:
@@ -63,7 +63,7 @@ def res_block(arch: Architecture, channels: int, out_channels: int, **resample: 
 
 
 def attention(arch: Architecture, level: int | None, *, decoder: bool = False) -> nn.Module:
-    """The attention of a level, or of the middle block (level None)."""
+    """Builds the attention of a level, or of the middle block (level None)."""
     channels = arch.channels(arch.levels - 1 if level is None else level)
     heads = arch.heads(channels, decoder=decoder)
     options = {"use_flash_attention": arch.use_flash_attention, "use_checkpoint": arch.use_checkpoint}
@@ -93,7 +93,7 @@ def upsampling(arch: Architecture, channels: int) -> nn.Module:
 
 
 class Trunk(nn.Module):
-    """What U-Net and ControlNet have in common: timestep embedding, encoder and middle block."""
+    """Base class of U-Net and ControlNet: timestep embedding, encoder and middle block."""
 
     def __init__(self, arch: Architecture):
         super().__init__()
@@ -126,7 +126,7 @@ class Trunk(nn.Module):
         return self.input_blocks[0][0].weight.dtype
 
     def embed(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """The embedding [N, 4 * model_channels] of timesteps [N], integer or float, and of y [N, adm_in_channels].
+        """Embeds timesteps [N], integer or float, and y [N, adm_in_channels]: returns [N, 4 * model_channels].
 
         Raises:
             ValueError: y of another shape, missing where the model has `num_classes`, or given where it has not.
@@ -139,16 +139,16 @@ class Trunk(nn.Module):
         return self.time_embed(timesteps, self.label_emb(y.to(self.dtype)))
 
     def prepare_context(self, context: Tensor) -> Prepared:
-        """The keys and values of a context [N, T, context_dim]: the `context` of any number of calls.
+        """Computes the keys and values of a context [N, T, context_dim], to be passed as `context` to many calls.
 
-        To be prepared again when weights change.
+        They hold until weights change.
         """
         check_shape("context", context, "N", "T", self.arch.context_dim)
         attentions = (m for m in self.modules() if isinstance(m, CrossAttention) and m.reads_context)
         return Prepared({m: m.project_context(context.to(self.dtype)) for m in attentions})
 
     def _trunk(self, x: Tensor, embedding: Tensor, context: Context, guided_hint: Tensor | None = None) -> list[Tensor]:
-        """The outputs of all input blocks, then that of the middle block."""
+        """Returns the outputs of all input blocks, then that of the middle block."""
         first, *blocks = self.input_blocks
         h = first(x.to(self.dtype), embedding, context)
         if guided_hint is not None:
@@ -217,7 +217,7 @@ class UNet(Trunk):
         y: Tensor | None = None,
         embedding: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """The encoder and the middle block.
+        """Runs the encoder and the middle block.
 
         Args:
             x: [N, in_channels, H, W], cast to the dtype of the weights.
@@ -246,7 +246,7 @@ class UNet(Trunk):
         y: Tensor | None = None,
         embedding: Tensor | None = None,
     ) -> Tensor:
-        """The decoder, on skips[i] + control[i] and h + control[-1].
+        """Runs the decoder on skips[i] + control[i] and h + control[-1].
 
         Args:
             h, skips: of `encode`.
@@ -280,7 +280,7 @@ class UNet(Trunk):
         embedding: Tensor | None = None,
         y: Tensor | None = None,
     ) -> Tensor:
-        """encode, then decode; the arguments are theirs."""
+        """Runs `encode`, then `decode`, with their arguments."""
         embedding = self.embed(timesteps, y) if embedding is None else embedding
         h, skips = self.encode(x, timesteps, context, embedding=embedding)
         return self.decode(

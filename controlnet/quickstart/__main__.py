@@ -1,9 +1,9 @@
-"""Trains a ControlNet on a CPU in minutes and measures whether it obeys its hints.
+"""Trains a small ControlNet on a CPU in minutes and measures whether it follows its hints.
 
     python -m controlnet.quickstart [--output quickstart] [key=value ...]
 
 Draws scenes into shards, scores the untrained ControlNet, trains by `controlnet.train` with configs/quickstart.yaml,
-and scores again. Ends with status 1 when the ControlNet has not learnt to obey.
+and scores again. The exit status is 1 if the ControlNet has not learnt to follow them.
 """
 
 import itertools
@@ -42,7 +42,7 @@ SAMPLE_STEPS, GUIDANCE, SAMPLE_SEED, BATCH = 20, 2.0, 0, 16
 
 @torch.no_grad()
 def draw(cfg: Mapping[str, Any], scenes: Scenes, control: Path | None) -> Tensor:
-    """Samples for the captions and hints of scenes, uint8 [N, 3, H, W].
+    """Draws samples for the captions and hints of scenes: uint8 [N, 3, H, W].
 
     Args:
         cfg: the quickstart's configuration.
@@ -73,14 +73,14 @@ def draw(cfg: Mapping[str, Any], scenes: Scenes, control: Path | None) -> Tensor
 
 
 def scores(scenes: Scenes, images: Tensor) -> dict[str, float]:
-    """The control score and the caption score of images uint8 [N, 3, H, W]; see `scenes`."""
+    """Returns the control score and the caption score of images uint8 [N, 3, H, W]; see `scenes`."""
     pixels = images.permute(0, 2, 3, 1).numpy()
     control = control_score(scenes.labels, pixels)
     return {"control": control, "caption": caption_score(scenes.labels, scenes.captions, pixels)}
 
 
 def verdict(before: float, after: float) -> str | None:
-    """What is wrong with the control scores before and after training, or None."""
+    """Returns the fault of the control scores before and after training, or None."""
     if not after >= LEAST_SCORE:  # NaN included
         return f"the control score after training is {after:.3f}; expected at least {LEAST_SCORE:.2f}"
     if after < LEAST_GAIN * before:
@@ -91,7 +91,7 @@ def verdict(before: float, after: float) -> str | None:
 
 
 def picture(scenes: Scenes, before: Tensor, after: Tensor) -> Image.Image:
-    """The first scenes: hint, the scene that it was made from, and what each ControlNet draws, twice as large."""
+    """Draws the first scenes: hint, original, and the samples of both ControlNets, at twice their size."""
     rows = {
         "hint": to_uint8(scenes.hints, low=0.0),
         "the scene it was made from": scenes.images,
@@ -104,7 +104,7 @@ def picture(scenes: Scenes, before: Tensor, after: Tensor) -> Image.Image:
 def run(
     output: Path, overrides: Sequence[str] = (), scene_count: int = 48, shard_sizes: Sequence[int] = (512,) * 4
 ) -> int:
-    """The whole quickstart; returns the exit status.
+    """Runs the whole quickstart; returns the exit status.
 
     Args:
         output: folder for shards, runs, pictures and scores.

@@ -1,8 +1,8 @@
-"""Trains the base of the quickstart, the small text-to-image U-Net that its ControlNet steers.
+"""Trains the quickstart's base model, the small text-to-image U-Net that its ControlNet controls.
 
     python -m controlnet.quickstart.make_base [--steps 5000] [--output controlnet/quickstart/base.safetensors]
 
-The result is in the repository; this is how it was made. The U-Net sees captions and no hints.
+Its result is part of the repository. The U-Net is trained on captions, without hints.
 """
 
 import logging
@@ -39,7 +39,7 @@ SCHEDULE = {"name": "cosine", "warmup_steps": 100, "warmup_ratio": None, "min_lr
 
 
 def training_set(conditioning: Any, count: int) -> tuple[Tensor, list[str]]:
-    """Latents float32 [2 * count, C, h, w] of scenes and of their mirror images, and the captions."""
+    """Draws scenes: returns latents float32 [2 * count, C, h, w] of them and their mirror images, and the captions."""
     rng = np.random.default_rng(SCENE_SEED)
     drawn = [scene(rng)[:2] for _ in range(count)]
     images = torch.from_numpy(np.stack([image for image, _ in drawn])).permute(0, 3, 1, 2)  # uint8 [N, 3, H, W]
@@ -48,7 +48,7 @@ def training_set(conditioning: Any, count: int) -> tuple[Tensor, list[str]]:
 
 
 def train(cfg: Mapping[str, Any], steps: int, output: Path, *, scenes: int = SCENES, every: int = 500) -> nn.Module:
-    """Trains a U-Net and writes its average with the condition stage's tables; returns it.
+    """Trains a U-Net, writes its averaged weights with the condition stage's tables, and returns it.
 
     Args:
         cfg: the quickstart's configuration.

@@ -1,4 +1,4 @@
-"""The loss curve as a picture, drawn with Pillow."""
+"""Draws the loss curve of a run with Pillow."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ TEXT_SIZE = 20  # still readable where a phone shows the picture at half its siz
 def loss_curve(
     steps: Sequence[int], losses: Sequence[float], *, ink: str = "black", background: str = "white"
 ) -> Image.Image:
-    """Loss over step on a logarithmic axis: each value as reported, and their running mean in red.
+    """Plots loss over step on a logarithmic axis: each value in grey, their running mean in red.
 
     Args:
         steps: of the optimizer, rising.

@@ -48,13 +48,13 @@ LOOKS = {
 
 
 def vocabulary() -> list[str]:
-    """Every word that a caption can contain, sorted."""
+    """Returns every word that a caption can contain, sorted."""
     looks = {word for of_class in LOOKS.values() for word in of_class}
     return sorted(looks | {"sky", "over", "with", "a", "an", "house", "tree", "balloon", "and"})
 
 
 def scene(rng: np.random.Generator, size: int = 64) -> tuple[np.ndarray, str, np.ndarray]:
-    """Draw one scene.
+    """Draws one scene.
 
     Args:
         rng: source of all randomness; the same state gives the same scene.
@@ -82,7 +82,7 @@ def scene(rng: np.random.Generator, size: int = 64) -> tuple[np.ndarray, str, np
 
 
 def _draw(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Place the things of a scene: labels [size, size], and accents [size, size], 1 where the second colour shows."""
+    """Places the things of a scene: labels [size, size], and accents [size, size], 1 where the second colour shows."""
     row, column = np.mgrid[0:size, 0:size] / size
     wave = np.sin(2 * np.pi * (column * rng.uniform(0.5, 1.5) + rng.uniform()))
     horizon = rng.uniform(0.45, 0.7) + rng.uniform(0, 0.05) * wave
@@ -130,7 +130,7 @@ def _balloon(rng, row, column, x):
 
 
 def recognise(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Say of every pixel which class and which look it has: those of the nearest colour in LOOKS.
+    """Classifies every pixel: the class and the look of the nearest colour in LOOKS.
 
     It knows neither caption nor hint, and nothing of shapes.
 
@@ -154,7 +154,7 @@ def recognise(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def control_score(labels: np.ndarray, images: np.ndarray) -> float:
-    """How well images obey their hints: the mean IoU over houses, trees and balloons, in [0, 1].
+    """Measures how well images follow their hints: the mean IoU over houses, trees and balloons, in [0, 1].
 
     IoU of a class = |hint and image| / |hint or image|, both counted in pixels over all images, where the classes of an
     image are those that `recognise` finds. Sky and ground do not count: they are nearly right without any hint.
@@ -172,7 +172,7 @@ def control_score(labels: np.ndarray, images: np.ndarray) -> float:
 
 
 def caption_score(labels: np.ndarray, captions: Sequence[str], images: np.ndarray) -> float:
-    """How well images obey their captions: the share of things that look as the caption says, in [0, 1].
+    """Measures how well images follow their captions: the share of things that look as described, in [0, 1].
 
     A thing is a class in a scene; it looks like what most of its pixels in the hint look like, whatever their class. By
     chance the score is below 1/3, the number of looks of a class.

@@ -1,4 +1,4 @@
-"""The quickstart's scenes as WebDataset shards to train on, and as tensors to score with."""
+"""Writes the quickstart's scenes as WebDataset shards for training, and draws held-out scenes for scoring."""
 
 import io
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ TRAINING_SEED, HELD_OUT_SEED = 0, 10_000
 
 
 class Scenes(NamedTuple):
-    """Scenes to score with."""
+    """Held-out scenes for scoring."""
 
     images: Tensor  # uint8 [N, 3, H, W]
     hints: Tensor  # float32 [N, 3, H, W] in [0, 1]
@@ -25,7 +25,7 @@ class Scenes(NamedTuple):
 
 
 def held_out(count: int) -> Scenes:
-    """Scenes that are in no shard."""
+    """Draws scenes that are in no shard."""
     rng = np.random.default_rng(HELD_OUT_SEED)
     images, captions, labels = zip(*(scene(rng) for _ in range(count)), strict=True)
     stacked = np.stack(labels)
@@ -34,7 +34,7 @@ def held_out(count: int) -> Scenes:
 
 
 def write_shards(folder: Path, sizes: Sequence[int]) -> list[Path]:
-    """Write shards of so many scenes each: KEY.jpg the image, KEY.txt the caption, KEY.png the hint.
+    """Writes shards of the given numbers of scenes: KEY.jpg the image, KEY.txt the caption, KEY.png the hint.
 
     The same sizes give the same files, byte for byte, as long as Pillow's encoders do.
 

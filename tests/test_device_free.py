@@ -1,4 +1,4 @@
-"""The bars of memory and launches: what a training step saves and a forward pass runs, beside diffusers' modules."""
+"""Bounds on the saved bytes of a training step and the operations of a forward pass, relative to diffusers."""
 
 import json
 

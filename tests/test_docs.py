@@ -1,4 +1,4 @@
-"""What the documentation says can be done: links lead somewhere, snippets and examples run."""
+"""The documentation: links, snippets, examples, --help, and names of tests and modules."""
 
 import argparse
 import re

@@ -1,4 +1,4 @@
-"""The drop-in comparison with a stand-in for `controlnet.accelerate`: what it changes is seen, and what it does not."""
+"""`benchmarks.drop_in` with a stand-in for `controlnet.accelerate`: it reports changed times and changed results."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_proof.sh with a stand-in for Python: what fails, hangs or is missing is told, and the rest runs."""
+"""benchmarks/gpu_proof.sh with a stand-in for Python: failing, hanging and missing steps are reported, others run."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The harness on things whose answer is known: a sleep, a copy, a run against itself, a provider that is wrong."""
+"""The benchmark harness on cases with a known answer: a sleep, a copy, a run against itself, a wrong provider."""
 
 import itertools
 import json

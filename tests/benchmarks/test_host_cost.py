@@ -1,4 +1,4 @@
-"""What the host does, held by counts that no clock disturbs; in a process of its own, without Triton's interpreter."""
+"""Bounds on the host's work by counts, independent of timing; in a separate process without Triton's interpreter."""
 
 import json
 import os

@@ -1,3 +1,5 @@
+"""Tables, plots and comparisons of small made-up benchmark results."""
+
 import copy
 
 import pytest

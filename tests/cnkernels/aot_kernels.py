@@ -1,4 +1,4 @@
-"""Kernels with one fault each, for test_aot.py; run as a program it prints what `cnkernels.aot` says of them."""
+"""Kernels with one fault each, for test_aot.py; run as a program, it prints the report of `cnkernels.aot`."""
 
 import torch
 import triton

@@ -1,6 +1,6 @@
-"""Which of attention's calls make Triton compile a kernel; run as a program it prints one line of names per call.
+"""Records which calls of attention make Triton compile a kernel; as a program, prints a line of names per call.
 
-Launched as on an sm_90 GPU, up to the point where a kernel would start: a call that needs a new binary compiles one.
+Runs as on an sm_90 GPU up to the launch: a call that needs a new binary compiles it.
 """
 
 import torch

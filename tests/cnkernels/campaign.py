@@ -1,4 +1,4 @@
-"""That no seed and no machine tips the tests of the ops, and that every seed catches every mutant.
+"""Runs the tests of the ops with many seeds and instruction sets: none may fail, and each must catch every mutant.
 
     python -m tests.cnkernels.campaign FOLDER [--seeds 8] [--sets SET ...] [--mutants 5] [--tightest 200] [--jobs 1]
 

@@ -1,4 +1,4 @@
-"""Runs tests of the ops for some seeds in this process, and writes down what came of every comparison by the rule.
+"""Runs tests of the ops for some seeds in this process, and records the result of every comparison.
 
 python -m tests.cnkernels.campaign_worker --output FILE --first SEED --count N TEST...
 """

@@ -1,4 +1,4 @@
-"""What a failing test needs to be repeated elsewhere: the seed of its numbers, and this machine's arithmetic."""
+"""Adds to a failing test's report what is needed to repeat it: the seed and the machine's instruction set."""
 
 import os
 import shlex

@@ -1,4 +1,4 @@
-"""The guards of `cnkernels.check` as an assertion."""
+"""Asserts that kernels write only inside their outputs, by the guards of `cnkernels.check`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

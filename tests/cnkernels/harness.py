@@ -1,4 +1,4 @@
-"""How an op is compared with PyTorch: every backend, forward and every gradient, against float64 by one rule.
+"""Compares an op with PyTorch: every backend, forward and every gradient, against float64 by one rule.
 
     err(backend) <= 2 * err(PyTorch eager in the same dtype) + one rounding of the output dtype
 

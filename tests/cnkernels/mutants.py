@@ -1,4 +1,4 @@
-"""Breaks a Triton kernel on purpose, in place, so that whatever holds it (a module, a plan) launches the broken one."""
+"""Breaks a Triton kernel on purpose, in place: modules and plans that hold it launch the broken one."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""The backend of PyTorch's own kernels: the paths that the shared tests' small shapes do not take."""
+"""The aten backend (PyTorch's own kernels) on paths that the shared tests' small shapes do not take."""
 
 import pytest
 import torch

@@ -1,3 +1,5 @@
+"""Attention in every backend against PyTorch: results, gradients, layouts, extreme values, compilation, bad input."""
+
 import pytest
 import torch
 import torch._dynamo.testing

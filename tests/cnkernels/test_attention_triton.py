@@ -1,4 +1,4 @@
-"""What only the Triton kernels of attention have: column blocks, tiles of keys, each GPU's launches, tensors' edges."""
+"""The Triton kernels of attention: column blocks, tiles of keys, launch settings of each GPU, edges of tensors."""
 
 import os
 import subprocess

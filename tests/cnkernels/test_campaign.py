@@ -1,4 +1,4 @@
-"""The campaign with a stand-in for its tests: it resumes, does anew what the sources changed, and counts."""
+"""The campaign with a stand-in for its tests: it resumes, repeats pieces of changed sources, and counts."""
 
 import json
 import subprocess

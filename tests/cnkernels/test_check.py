@@ -1,4 +1,4 @@
-"""`python -m cnkernels.check` finds each kind of fault, survives it, and `auto` then leaves the kernel out."""
+"""`python -m cnkernels.check` finds and survives each kind of fault, after which `auto` avoids the kernel."""
 
 import json
 import logging

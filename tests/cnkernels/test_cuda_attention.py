@@ -1,4 +1,4 @@
-"""The CUDA attention, which serves two dtypes and five head dimensions: what the shared tests check, within those."""
+"""The CUDA attention, within its two dtypes and five head dimensions."""
 
 import math
 

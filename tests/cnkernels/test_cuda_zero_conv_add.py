@@ -1,4 +1,4 @@
-"""The grouped form of the CUDA zero convolution, and the cuts of its backward that the shared tests do not choose."""
+"""The grouped CUDA zero convolution, and splits of its backward that the shared tests do not reach."""
 
 import pytest
 import torch

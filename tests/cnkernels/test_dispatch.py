@@ -1,3 +1,5 @@
+"""The choice of a backend: by device, capability, measurements, and on request."""
+
 import functools
 import re
 import subprocess

@@ -1,3 +1,5 @@
+"""GEGLU in every backend against PyTorch: results, gradients, layouts, compilation, bad input."""
+
 import pytest
 import torch
 import torch._dynamo.testing

@@ -1,3 +1,5 @@
+"""Group norm + SiLU in every backend against PyTorch: results, gradients, layouts, extreme values, bad input."""
+
 import math
 
 import pytest

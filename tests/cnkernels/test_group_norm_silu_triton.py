@@ -1,4 +1,4 @@
-"""What only the Triton kernels have: several cuts of a tensor, each taken by some shape, and their edges."""
+"""The Triton group norm: each way to split a tensor among programs, and the edges."""
 
 import numpy as np
 import pytest

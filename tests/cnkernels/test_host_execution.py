@@ -1,4 +1,4 @@
-"""The CPU execution of CUDA kernels: it computes what a GPU would, and names what a GPU would let pass."""
+"""The execution of CUDA kernels on a CPU: it computes the same, and reports faults that a GPU ignores."""
 
 import numpy as np
 import pytest

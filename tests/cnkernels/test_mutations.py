@@ -1,4 +1,4 @@
-"""The ops' tests can fail: each kernel broken on purpose below is caught by a check that the kernel itself passes."""
+"""Mutation tests: each check passes with the kernel as it is, and fails with the kernel broken as described below."""
 
 import inspect
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Plans: made once for a kind of call, never used for another, bounded, safe under threads, with the op's own bits."""
+"""Plans: made once per kind of call, never used for another, bounded in number, thread-safe, bit-equal to the op."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""A promise before a product: the composition's values bit for bit, its gradients to rounding, fewer bytes saved."""
+"""Deferred activations before a product: equal values bit for bit, equal gradients to rounding, fewer saved bytes."""
 
 import itertools
 from collections.abc import Callable

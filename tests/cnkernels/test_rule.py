@@ -1,4 +1,4 @@
-"""The accuracy rule on results whose error is known: eager's own, a multiple of it, and eager's luck."""
+"""The accuracy rule on results of known error: PyTorch's own, a multiple of it, and a luckily exact PyTorch."""
 
 import functools
 

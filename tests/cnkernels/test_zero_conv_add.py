@@ -1,3 +1,5 @@
+"""Zero convolution + residual add in every backend against PyTorch: results, gradients, layouts, bad input."""
+
 import pytest
 import torch
 import torch._dynamo.testing

@@ -1,4 +1,4 @@
-"""Shards for the tests: samples whose image, hint and caption all say which sample they belong to."""
+"""Shards for the tests: image, hint and caption of a sample all encode its number."""
 
 import io
 import tarfile

@@ -1,4 +1,4 @@
-"""Models of diffusers, accelerated: the same numbers, the same objects, and the way back."""
+"""`accelerate` on models of diffusers: same results, same objects, and `restore`."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""What people do with diffusers' models besides: accelerated, each feature has the numbers of diffusers in float64."""
+"""Features of diffusers on accelerated models: each gives diffusers' results in float64."""
 
 import contextlib
 import copy

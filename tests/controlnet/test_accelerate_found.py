@@ -1,4 +1,4 @@
-"""What users of diffusers do and reported, replayed on accelerated models: the same numbers in float64, or an error."""
+"""Reported uses of diffusers, replayed on accelerated models: same results in float64, or a clear error."""
 
 import copy
 import threading

@@ -1,4 +1,4 @@
-"""diffusers' pipelines, accelerated: the same pictures, and nothing computed twice."""
+"""`accelerate` on pipelines of diffusers: same images, nothing computed twice."""
 
 import warnings
 from unittest import mock

@@ -1,4 +1,4 @@
-"""`accelerate(pipe, tune=True)`: the first image checks and measures what its models call, and stays what it was."""
+"""`accelerate(pipe, tune=True)`: the first image checks and measures the calls of its models, and does not change."""
 
 import functools
 

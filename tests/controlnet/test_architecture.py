@@ -1,4 +1,4 @@
-"""The parameters: SD 1.5's keys, written down from the description of its checkpoints, and every refusal."""
+"""Hyperparameters: the keys of SD 1.5's checkpoints, and an error for every invalid value."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""The command lines: help that works, words for slips of the pen, and what is said where a package is missing."""
+"""The command lines: help, messages for typing errors, and for missing packages."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""First and condition stages against the libraries they stand on, and what `Conditioning` promises around them."""
+"""First and condition stages against diffusers and transformers, and the contract of `Conditioning`."""
 
 import subprocess
 import sys

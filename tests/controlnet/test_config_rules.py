@@ -1,4 +1,4 @@
-"""Settings that other systems say elsewhere reach the key that is read; what asks for something else is an error."""
+"""Settings of other systems reach the key that is read, or are an error if they ask for a missing feature."""
 
 import logging
 import re

@@ -1,3 +1,5 @@
+"""The ControlNet against diffusers': outputs, gradients, initial zeros, scales, bad input."""
+
 import pytest
 import torch
 

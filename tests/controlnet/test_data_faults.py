@@ -1,4 +1,4 @@
-"""Data as people have it: empty and unusable shards, files under other names, what is said when nothing can be used."""
+"""Imperfect data: empty and unusable shards, files under other names, the error when nothing can be used."""
 
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""The decoder of hints: what a picture, a map of class ids or an array becomes, and what is said of it."""
+"""Decoding of hints: pictures, maps of class ids and arrays, with their warnings and errors."""
 
 import io
 import json

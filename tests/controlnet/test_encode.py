@@ -1,4 +1,4 @@
-"""Encoded shards: training on them is training on the images, and what does not fit is refused or counted."""
+"""Encoded shards: training on them equals training on the images; unfit data is refused or counted."""
 
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""q, k and v are one parameter in the model and three tensors in its state_dict, for all who read or write it."""
+"""q, k and v: one parameter in the model, three tensors in every state_dict that is read or written."""
 
 import copy
 

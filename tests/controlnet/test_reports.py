@@ -1,4 +1,4 @@
-"""What a run shows beside metrics.jsonl: Weights & Biases, a validation set, synthetic data, the time of its steps."""
+"""Reports of a run: Weights & Biases, a validation set, synthetic data, the time of its steps."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The rooms of controlnet/, folders and modules at its root: imports run one way.
+"""Imports between the folders and root modules of controlnet/ (its rooms) run one way.
 
 `python -m tests.controlnet.test_rooms [FOLDER]` prints the rooms of a checkout by floor.
 """

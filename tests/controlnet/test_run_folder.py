@@ -1,4 +1,4 @@
-"""A run and what happens around it: another run in its folder, a full disk, signals while it saves or compiles."""
+"""The folder of a run: a second run in it, a full disk, signals during a save or a compilation."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Scales per sample, per output and over the image, against their formula; and what guidance makes of them."""
+"""Scales per sample, per output and over the image, against their formula, without and with guidance."""
 
 import pytest
 import torch

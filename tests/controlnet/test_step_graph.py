@@ -1,4 +1,4 @@
-"""Steps as graphs, with a recorder in place of CUDA's: it runs the recorded operations again into the same memory."""
+"""Steps as CUDA graphs, with a recorder in place of CUDA's that replays the operations into the same memory."""
 
 import copy
 import warnings

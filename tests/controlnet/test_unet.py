@@ -1,3 +1,5 @@
+"""The U-Net against diffusers': every kind of block, gradients, options, bad input."""
+
 import contextlib
 import copy
 

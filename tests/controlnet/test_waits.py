@@ -1,4 +1,4 @@
-"""An ordinary training step hands all its work to the device and waits for none of it."""
+"""An ordinary training step never waits for the device."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Random weights, and small first and condition stages saved the way users have the real ones."""
+"""Random weights, and small first and condition stages saved in the files that users have."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Pairs of one of our models and diffusers' equivalent with the same random weights, and what comparing them takes."""
+"""Pairs of our models and diffusers' with the same random weights, and comparisons of their results and gradients."""
 
 import copy
 from dataclasses import dataclass, field

@@ -1,1 +1,1 @@
-"""Faults made on purpose: each module has a subject and `campaign(rounds, seed)`, and pytest tests with fixed seeds."""
+"""Fault injection: each module damages one subject in `campaign(rounds, seed)`; pytest runs them with fixed seeds."""

@@ -1,4 +1,4 @@
-"""A long run of every campaign, or of some.
+"""Runs fault-injection campaigns: all, or the given subjects.
 
     python -m tests.reliability --rounds N --seed S [SUBJECT ...]
 

@@ -1,4 +1,4 @@
-"""Which calls of our ops a denoise step makes, and what each saves: `python -m benchmarks.kernel_calls`.
+"""Counts the calls of our ops in a denoise step, and what each saves: `python -m benchmarks.kernel_calls`.
 
 Counted in one guided step of U-Net and ControlNet, SD 1.5 at 512x512 in bfloat16, on fake tensors: no device, no
 arithmetic. Each call is compared with the PyTorch operations that it replaces, on tensors of the same shapes. An
@@ -9,7 +9,6 @@ channels_last, which PyTorch's group norm copies to the contiguous format on a G
 `--write` puts the table into docs/performance.md.
 """
 
-import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import device_free
+from cnkernels.progress import say
 from cnkernels.zero_conv_add import group
+from controlnet.common.command import parser as command_parser
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- python -m benchmarks.kernel_calls --write -->", "<!-- end of the table -->"
@@ -206,9 +207,10 @@ def table(rows: dict[Kind, Row]) -> str:
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_calls", description=__doc__.split("\n")[0])
+    parser = command_parser("benchmarks.kernel_calls", __doc__, "python -m benchmarks.kernel_calls --write")
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     options = parser.parse_args(arguments)
+    say("counting the operations of a denoise step")
     made = table(count())
     print(made)
     if options.write:

@@ -212,8 +212,9 @@ def _predict(chosen: argparse.Namespace) -> None:
     gpus = list(GPUS) if chosen.gpu == "all" else [chosen.gpu]
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[chosen.dtype]
     step = "training" if chosen.train else "denoise"
-    records = aot_predict.of_model(chosen.model, gpus, chosen.batch, dtype, chosen.train, chosen.processes)
-    for record in records:
+    records = []
+    for record in aot_predict.of_model(chosen.model, gpus, chosen.batch, dtype, chosen.train, chosen.processes):
+        records.append(record)
         print(f"Predicted, not measured: a {step} step of {chosen.model} at batch {chosen.batch} in {chosen.dtype} on")
         print(f"one {record['gpu']}, Triton's kernels. Instructions of warps in thousands; DRAM: each operand once.\n")
         print(aot_predict.table(record["launches"]), flush=True)

@@ -104,7 +104,7 @@ def _layers(call: OpCall) -> list[OpCall]:
         return [call]
     lists, (given, *rest) = call.arguments[:5], call.arguments[5:]
     count = len(given) // len(lists)
-    columns = [register.spread(tensors, given[i * count : (i + 1) * count]) for i, tensors in enumerate(lists)]
+    columns = [register.restore_none(tensors, given[i * count : (i + 1) * count]) for i, tensors in enumerate(lists)]
     if call.direction == "backward":
         *rest, need = rest
         rest.append([need[i : i + 4] for i in range(0, len(need), 4)])

@@ -10,7 +10,7 @@ import math
 import multiprocessing
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
@@ -24,6 +24,7 @@ from cnkernels.aot_gpus import Gpu
 from cnkernels.aot_model import OpCall, calls_of_model, launches_of
 from cnkernels.aot_sass import Instruction
 from cnkernels.launch import Launch
+from cnkernels.progress import say
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ def predict(calls: Mapping[OpCall, int], gpu: Gpu, processes: int = 2) -> list[P
         # A kernel does not travel to another process; its name does.
         cases[case.key] = (replace(case, kernel=None), launch.kernel.__module__, launch.kernel.__name__, gpu.arch)
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may deadlock
+    say(f"compiling {len(cases)} kernels for sm_{gpu.arch}")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         binaries = dict(zip(cases, pool.map(_compile, cases.values()), strict=True))
     return [
@@ -202,11 +204,12 @@ def table(predictions: Iterable[Prediction]) -> str:
 
 def of_model(
     name: str, gpus: Iterable[str], batch: int, dtype: torch.dtype, training: bool, processes: int = 2
-) -> list[dict[str, object]]:
+) -> Iterator[dict[str, object]]:
     """One record for each GPU, for JSON: what was asked, and its launches."""
     calls = calls_of_model(name, batch, dtype, training)
     asked = {"model": name, "batch": batch, "dtype": str(dtype).removeprefix("torch."), "training": training}
-    return [{**asked, "gpu": gpu, "launches": predict(calls, aot_gpus.GPUS[gpu], processes)} for gpu in gpus]
+    for gpu in gpus:
+        yield {**asked, "gpu": gpu, "launches": predict(calls, aot_gpus.GPUS[gpu], processes)}
 
 
 def as_json(records: list[dict[str, object]]) -> dict[str, object]:

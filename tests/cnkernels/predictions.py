@@ -34,7 +34,8 @@ def main(path: str) -> None:
     }
     with mock.patch.object(aot_predict, "calls_of_model", lambda *asked: calls):
         aot.main(["--model", "sd15", "--gpu", "A100", "--processes", "1", "--json", path])
-    print(json.dumps({"calls": [[call.name, calls[call]] for call in calls], "launched": launched}))
+    of_sdxl = [case.name for op in aot.OPS for case in aot.cases(op, 90) if "SDXL" in case.name]
+    print(json.dumps({"of_sdxl": of_sdxl, "calls": [[call.name, calls[call]] for call in calls], "launched": launched}))
 
 
 if __name__ == "__main__":

@@ -386,6 +386,7 @@ def _group_norm_silu_spans_sums_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     WHOLE: tl.constexpr,
     SILU: tl.constexpr,
 ):
@@ -446,10 +447,11 @@ def _group_norm_silu_spans_sums_kernel(
     target = group_sums_ptr + ((n * groups + group) * chunks + chunk) * slots
     tl.store(target + slot, sum_by_group(dz_c * weight, member), mask=touched)
     tl.store(target + stride_sum + slot, sum_by_group(dzn_c * weight, member), mask=touched)
-    for other in range(1, slots):
-        unreached = touched & (slot == last) & (last < other)
-        tl.store(target + other, tl.zeros([BLOCK_G], tl.float32), mask=unreached)
-        tl.store(target + stride_sum + other, tl.zeros([BLOCK_G], tl.float32), mask=unreached)
+    other = tl.arange(0, BLOCK_S)[None, :]
+    unreached = (touched & (slot == last))[:, None] & (other > last[:, None]) & (other < slots)  # [G, S]
+    zeros = tl.zeros([BLOCK_G, BLOCK_S], tl.float32)
+    tl.store(target[:, None] + other, zeros, mask=unreached)
+    tl.store(target[:, None] + stride_sum + other, zeros, mask=unreached)
 
 
 @triton.jit(do_not_specialize=RUNTIME_OF_SPANS)

@@ -193,6 +193,7 @@ def columns_of_sums(batch, channels, spatial, groups):
     wanted = min(triton.cdiv(PROGRAMS, batch * columns), max(1, MERGE_TILE // merge_width))
     chunk, chunks = _chunks(spatial, block, wanted)
     tile = {"slots": slots, "BLOCK_R": block, "BLOCK_C": width, "BLOCK_G": groups_block(touched)}
+    tile["BLOCK_S"] = max(4, triton.next_power_of_2(slots))
     tile["WHOLE"] = spatial % block == 0 and channels % width == 0
     return {"columns": columns, "chunk_rows": chunk, "chunks": chunks} | tile, chunks * slots
 

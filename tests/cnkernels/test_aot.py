@@ -80,6 +80,21 @@ def group_norm(columns: str, most: float, mufu: float, memory: float, tiles: Seq
     return Bound("group_norm_silu", elements("BLOCK_R", columns, *tiles), most, pipes)
 
 
+def attention(most: float, tensor: float, mufu: float, memory: float, *sides: str) -> Bound:
+    """Of 16 queries by 64 keys for a warp; of 16 queries by all keys where no side in keys is given."""
+
+    def fragments(constants: Mapping[str, int]) -> float:
+        return constants["BLOCK_M"] / 16 * prod(constants[side] / 64 for side in sides)
+
+    return Bound("attention", fragments, most, {"tensor": tensor, "mufu": mufu, "memory": memory})
+
+
+def product(most: float, tensor: float, memory: float, *sides: str) -> Bound:
+    """Of 16 x 8 x 16 multiply-adds for a warp: an HMMA."""
+    pipes = {"tensor": tensor, "memory": memory}
+    return Bound("zero_conv_add", lambda constants: prod(constants[side] for side in sides) / 2048, most, pipes)
+
+
 # Of fp16. What an element cannot do without, and a tenth for addresses, masks and the loop: to unpack it (1), SiLU
 # (ex2 and rsqrt, and 6 to scale, add and multiply), and 1/8 of an access of 16 bytes, or of three.
 BOUNDS = {
@@ -104,6 +119,22 @@ BOUNDS = {
     "_group_norm_silu_parameter_gradients_kernel": Bound(
         "group_norm_silu", elements("BLOCK_C", "BLOCK_P"), 33, {"mufu": 0.5, "memory": 1.1}
     ),
+    # At 40 columns of a head, padded to 48: 24 HMMA for each product of 64 keys (2 forward; 3 for dq), one ex2 for two
+    # scores and a thread, 64 FFMA to scale, 32 additions, as many maxima, conversions in pairs.
+    "_attention_fwd_kernel": attention(350, 48, 34, 48, "BLOCK_N"),
+    "_attention_bwd_query_kernel": attention(330, 72, 32, 58, "BLOCK_N"),
+    # Tiles of 32 keys: each warp's 16 keys meet all queries twice, for dk and for dv.
+    "_attention_bwd_key_kernel": attention(870, 192, 64, 180, "BLOCK_N"),
+    # The whole kernel, of 80 keys in one pass: with the loads of queries and keys and the division at the end.
+    "_attention_fwd_single_kernel": attention(980, 60, 50, 115),
+    # An HMMA takes half a load of fragments, and its share of copies and addresses.
+    "_zero_conv_add_kernel": product(2.9, 1, 0.65, "BLOCK_M", "BLOCK_N", "BLOCK_K"),
+    "_zero_conv_add_dscale_kernel": product(2.9, 1, 0.65, "BLOCK_M", "BLOCK_N", "BLOCK_K"),
+    # Smaller tiles, both transposed; a fifth HMMA in four sums dout for the bias.
+    "_zero_conv_add_dweight_kernel": product(7.4, 1.25, 1.15, "BLOCK_O", "BLOCK_C", "BLOCK_P"),
+    # A load, an addition and an address.
+    "_attention_bwd_sum_kernel": Bound("attention", elements("BLOCK"), 11.5, {"memory": 1.2}),
+    "_sum_splits_kernel": Bound("zero_conv_add", elements("BLOCK_S", "BLOCK"), 4.6, {"memory": 0.35}),
     # erf is two polynomials of six terms and a selection between them; the derivative has an exponential on top.
     "_geglu_fwd_kernel": Bound("geglu", elements("BLOCK_ROWS", "BLOCK_COLUMNS"), 45, {"mufu": 1.3, "memory": 0.8}),
     "_geglu_bwd_kernel": Bound("geglu", elements("BLOCK_ROWS", "BLOCK_COLUMNS"), 60, {"mufu": 2.3, "memory": 1.1}),

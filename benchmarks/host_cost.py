@@ -144,20 +144,19 @@ def _leaves(out: Tensor) -> list[Tensor]:
 
 def ops(times: int, turns: int, backend: str) -> list[dict[str, Any]]:
     """Rows {op, backend, gradients, us, replaced_us, silu, ratio}: silu is how many calls of F.silu it costs."""
-    rows, progress = [], Progress(2 * len(op_calls(False)))
+    served = [op for op in op_calls(False) if (op.split("_group,")[0], backend) in dispatch.CAPABILITIES]
+    rows, progress = [], Progress(2 * len(served))
     tiny = torch.zeros(8, dtype=DTYPE)
     for grad in (False, True):
         each = CALLS if grad else 1
-        for op, (ours, replaced) in op_calls(grad).items():
-            if (op.split("_group,")[0], backend) not in dispatch.CAPABILITIES:
-                continue
-            calls = {"ours": ours, "replaced": replaced}
+        for op in served:
+            calls = dict(zip(("ours", "replaced"), op_calls(grad)[op], strict=True))
             if grad:
                 calls = {"ours": _backward(op, 0), "replaced": _backward(op, 1)}
             calls["silu"] = lambda: [F.silu(tiny) for _ in range(SILUS)]
             progress(len(rows), op)
             with torch.set_grad_enabled(grad):
-                seconds = measure(calls, times, turns)
+                seconds = measure(calls, max(1, times // each), turns)
             ours, replaced = ([t / each for t in seconds[name]] for name in ("ours", "replaced"))
             rows.append(
                 {
@@ -350,12 +349,13 @@ def report(parts: Iterable[str], quick: bool, arch: int, model: str = "sd15") ->
         found["kernels"] = kernels(arch)
     with stub_gpu.installed(arch):
         if "ops" in parts:
-            size = (20, 3) if quick else (200, 15)  # calls a turn, turns
+            size = (100, 5) if quick else (200, 15)  # calls a turn, turns
             with stub_gpu.no_arithmetic():
                 found["ops"] = ops(*size, "triton")
+                say("the cuda backend is compiled without its kernels, once")
                 library = stub_gpu.without_launches()
                 if library is None:
-                    print("no C++ compiler: the cuda backend is left out")
+                    say("there is no C++ compiler: the cuda backend is left out")
                 else:
                     with stub_gpu.cuda_installed(library):
                         found["ops"] += ops(*size, "cuda")

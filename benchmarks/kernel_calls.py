@@ -124,7 +124,7 @@ def kind_of(op: str, arguments: tuple) -> Kind:
         return TRANSFORMER_NORM if activation is None else RESIDUAL_NORM if addend is None else TIMESTEP_NORM
     if op == "attention":
         q, k, *_ = arguments
-        return CROSS_ATTENTION if k.shape[1] == device_free.CONTEXT[0] and k.shape != q.shape else SELF_ATTENTION
+        return CROSS_ATTENTION if k.shape[1] == device_free.TOKENS and k.shape != q.shape else SELF_ATTENTION
     return {"geglu": GEGLU, "zero_conv_add": SINGLE_EXIT, "zero_conv_add_group": EXITS}[op]
 
 
@@ -174,8 +174,9 @@ class Row:
 def count() -> dict[Kind, Row]:
     """What each kind of call amounts to in one step."""
     rows: dict[Kind, Row] = {}
-    with device_free.fake_networks(device_free.ours) as networks:
-        arguments = device_free.inputs(BATCH)
+    model = device_free.MODELS["sd15"]
+    with device_free.fake_networks(lambda: device_free.ours(model)) as networks:
+        arguments = device_free.inputs(BATCH, model)
         with _Calls() as calls:
             networks.both(*arguments)
         for op, arguments, made in calls.seen:
@@ -206,8 +207,14 @@ def table(rows: dict[Kind, Row]) -> str:
     return "\n".join(lines)
 
 
+EXAMPLES = """
+python -m benchmarks.kernel_calls
+python -m benchmarks.kernel_calls --write
+"""
+
+
 def main(arguments: Iterable[str] | None = None) -> None:
-    parser = command_parser("benchmarks.kernel_calls", __doc__, "python -m benchmarks.kernel_calls --write")
+    parser = command_parser("benchmarks.kernel_calls", __doc__, EXAMPLES)
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     options = parser.parse_args(arguments)
     say("counting the operations of a denoise step")

@@ -25,6 +25,7 @@ from cnkernels.aot_model import OpCall, calls_of_model, launches_of
 from cnkernels.aot_sass import Instruction
 from cnkernels.launch import Launch
 from cnkernels.progress import say
+from cnkernels.register import dtype_name
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def of_model(
 ) -> Iterator[dict[str, object]]:
     """One record for each GPU, for JSON: what was asked, and its launches."""
     calls = calls_of_model(name, batch, dtype, training)
-    asked = {"model": name, "batch": batch, "dtype": str(dtype).removeprefix("torch."), "training": training}
+    asked = {"model": name, "batch": batch, "dtype": dtype_name(dtype), "training": training}
     for gpu in gpus:
         yield {**asked, "gpu": gpu, "launches": predict(calls, aot_gpus.GPUS[gpu], processes)}
 

@@ -6,6 +6,7 @@ import platform
 import statistics
 
 from cnkernels.machine import version
+from cnkernels.register import dtype_name
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "omegaconf", "webdataset", "diffusers", "transformers")
 
@@ -45,7 +46,7 @@ def _choices() -> list[str]:
     for op in dispatch.OPS:
         dtypes: dict[str, list[str]] = {}
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            name = str(dtype).removeprefix("torch.")
+            name = dtype_name(dtype)
             chosen, why = dispatch.select(op, device, dtype), _measured(record, op, name)
             served = [b for b in dispatch.BACKENDS if dispatch.why_not(op, b, device, dtype) is None]
             why = why or ("the only choice" if len(served) == 1 else f"by rule, of {', '.join(served)}")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from cnkernels import cache, machine, tuning
+from cnkernels.register import dtype_name
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def forget() -> None:
 
 def wrong(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `python -m cnkernels.check` found the op wrong on this backend; one warning then says so."""
-    name = _name(dtype)
+    name = dtype_name(dtype)
     for fault in record(device)["faults"]:
         if (fault["op"], fault["backend"], fault["dtype"]) == (op, backend, name):
             _warn(op, backend, name, fault["case"], str(cache.path(machine.identity(device))))
@@ -69,7 +70,7 @@ def measured(
     if device.type == "cuda":
         tables.append(tuning.table(torch.cuda.get_device_name(device)))
     for table in tables:
-        alike = [e for e in table.get(op, []) if _kind(e) == (_name(dtype), head_dim, direction)]
+        alike = [e for e in table.get(op, []) if _kind(e) == (dtype_name(dtype), head_dim, direction)]
         if alike:
             return min(alike, key=lambda entry: abs(math.log(entry["size"] / max(size, 1))))
     return None
@@ -77,7 +78,3 @@ def measured(
 
 def _kind(entry: dict) -> tuple:
     return entry["dtype"], entry["head_dim"], entry["direction"]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import cnkernels
-from cnkernels import dispatch
+from cnkernels import dispatch, register
 from cnkernels.check.cases import DTYPES, Case, arranged, cases
 from cnkernels.check.guards import guarded
 from cnkernels.check.rule import Eager
@@ -26,7 +26,7 @@ class Trial:
 
     @property
     def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        return register.dtype_name(self.dtype)
 
     @property
     def label(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cnkernels import cache, findings, machine, timing
+from cnkernels.register import dtype_name
 from cnkernels.tune.calls import MODELS, Call, of_model, record
 from cnkernels.tune.timings import measure
 
@@ -110,7 +111,7 @@ def _measured(call: Call, device: torch.device, **how: Any) -> list[dict]:
 
 
 def _dtype(call: Call) -> str:
-    return str(call.first.dtype).removeprefix("torch.")
+    return dtype_name(call.first.dtype)
 
 
 def _replace(record: cache.Record, entries: Sequence[dict]) -> None:

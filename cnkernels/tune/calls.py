@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cnkernels import dispatch
+from cnkernels.register import dtype_name
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Call:
 
     def __str__(self) -> str:
         shapes = " ".join("x".join(map(str, a.shape)) for a in self.arguments if isinstance(a, Spec))
-        return f"{self.op} {shapes} {str(self.first.dtype).removeprefix('torch.')}"
+        return f"{self.op} {shapes} {dtype_name(self.first.dtype)}"
 
 
 class _Recorder(TorchDispatchMode):

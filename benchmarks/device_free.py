@@ -63,7 +63,7 @@ class Networks:
         return {t.untyped_storage()._cdata for t in tensors}
 
 
-def ours(model: Model, **options: Any) -> Networks:
+def ours(model: Model = MODELS["sd15"], **options: Any) -> Networks:
     """With more arguments for the constructors, if any."""
     params = {**model.params, **options}
     unet, control = UNet(**params, out_channels=4), ControlNet(**params, hint_channels=3)
@@ -77,7 +77,7 @@ def ours(model: Model, **options: Any) -> Networks:
     )
 
 
-def diffusers(model: Model) -> Networks:
+def diffusers(model: Model = MODELS["sd15"]) -> Networks:
     unet, control = jobs.build_diffusers(model.params)
     unet.requires_grad_(False)
 
@@ -95,7 +95,7 @@ def diffusers(model: Model) -> Networks:
     return Networks([unet, control], both, alone, residuals, model)
 
 
-def inputs(batch: int, model: Model) -> Inputs:
+def inputs(batch: int, model: Model = MODELS["sd15"]) -> Inputs:
     """x, timesteps, context, hint, and what else our networks and diffusers' take."""
     x = torch.zeros(batch, model.params["in_channels"], model.side, model.side, dtype=DTYPE)
     hint = torch.zeros(batch, 3, 8 * model.side, 8 * model.side, dtype=DTYPE)

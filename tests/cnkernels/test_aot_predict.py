@@ -129,7 +129,7 @@ def test_clocks_of_an_instruction(opcode, gpu, expected):
 
 
 # Attention twice a transformer block, geglu once; group norms; zero convolutions; of U-Net and ControlNet.
-MADE = {"sd15": (16 + 7, 61 + 27, 13), "sdxl": (70 + 34, 46 + 20, 10)}
+MADE = {"sd15": (16 + 7, 61 + 27, 13), "sdxl": (70 + 34, 46 + 21, 10)}
 
 
 @pytest.fixture(scope="module")

@@ -145,7 +145,7 @@ def instantiate(node: Mapping[str, Any]) -> Any:
         _check_memory(target, arguments)
         return CLASSES[target](**arguments)
     except ValueError as error:
-        if type(error) is not ValueError:  # names its key or file already
+        if type(error) is not ValueError:  # a subclass, whose message already names key or file
             raise
         raise ConfigError(f"model.{stage}: {error}") from error
 
@@ -154,7 +154,7 @@ def _check_memory(target: str, arguments: Mapping[str, Any]) -> None:
     """Raises ValueError when the weights, in float32, do not fit into the memory of this machine."""
     sized = {key: value for key, value in arguments.items() if key != "from_pretrained"}
     folder = target == stages.AUTOENCODER and os.path.isdir(arguments.get("from_pretrained") or "")
-    if target not in (stages.UNET, stages.CONTROLNET, stages.AUTOENCODER) or folder:  # a folder knows its sizes
+    if target not in (stages.UNET, stages.CONTROLNET, stages.AUTOENCODER) or folder:  # a folder has its own sizes
         return
     with torch.device("meta"):
         numbers = sum(parameter.numel() for parameter in CLASSES[target](**sized).parameters())
@@ -198,7 +198,7 @@ def load_weights(unet: UNet, control: ControlNet, config: Mapping[str, Any]) -> 
     if path and not {"unet", "control"} & set(parts):
         raise ConfigError(f"model.ckpt_path {path} holds {', '.join(parts)}; expected a U-Net or a ControlNet")
 
-    ready = []  # all that is to be loaded is checked before any of it is
+    ready = []  # check all files before loading any
     if ours.get("from_pretrained"):
         ready.append(checkpoints.ready_unet(unet, ours["from_pretrained"], ours.get("from_NeMo")))
     if "unet" in parts and config["load_unet"]:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' names
 SCALE_FACTOR = 0.18215  # of Stable Diffusion's latents
-DISTILLED = ("LCMScheduler", "TCDScheduler")  # schedulers of diffusers for models that draw in a few steps
+DISTILLED = ("LCMScheduler", "TCDScheduler")  # diffusers' schedulers of few-step models
 
 
 @dataclasses.dataclass
@@ -48,7 +48,7 @@ class Origin:
     base: Path | None
     readers: list[HintReader]
     factor: int
-    controls: dict[int, ControlNet]  # those that had to be loaded already, by position
+    controls: dict[int, ControlNet]  # by position in `paths`; the others are loaded by `models`
 
     def models(self) -> tuple[ControlledUNet, Conditioning, NoiseSchedule]:
         """Loads the model with its conditioning and noise schedule, on the CPU, in float32.
@@ -92,7 +92,7 @@ class Origin:
         node, path = self.cfg.model, self.paths[0]
         found = checkpoints.resolve(path)
         if found.kind != "checkpoint" and node.ckpt_path is None:
-            node.ckpt_path = str(path)  # also brings what else it holds: U-Net, VAE, text encoder
+            node.ckpt_path = str(path)  # loads the file's U-Net, VAE and text encoder, too
         model, conditioning = models.build_model(node), models.build_conditioning(node)
         if found.kind == "checkpoint":
             trained.load_model(model, found.folder)
@@ -138,7 +138,7 @@ def open_origin(
     elif config_file is not None or overrides:
         raise ConfigError("--base takes all from its checkpoint; leave out --config and settings, or --base")
     if base is not None:
-        _schedule_of(base)  # what is not served is said before weights are loaded
+        _schedule_of(base)  # raises for an unsupported scheduler before weights are loaded
     for number, path in enumerate(paths):
         if number or cfg is None:
             controls[number] = _control(path, base, average)
@@ -168,7 +168,7 @@ def _configuration(path: Path, file: Path | None, overrides: Sequence[str]) -> A
         ("control", "control_stage_config"),
         ("first_stage", "first_stage_config"),
     ):
-        for name in ("from_pretrained", "from_pretrained_unet"):  # files of another machine
+        for name in ("from_pretrained", "from_pretrained_unet"):  # paths on the machine that wrote the file
             if part in held and cfg.model[key] is not None:
                 cfg.model[key].pop(name, None)
     return cfg
@@ -185,7 +185,7 @@ def _conditioning_of(base: Path, is_xl: bool) -> Conditioning:
     """Loads the first stage and the text encoders of a Stable Diffusion checkpoint."""
     first_stage = AutoencoderKL(from_pretrained=str(base))
     text = TextEncoders if is_xl else CLIPTextEncoder
-    stated = first_stage.vae.config.scaling_factor if base.is_dir() or not is_xl else XL_SCALE_FACTOR  # a file has none
+    stated = first_stage.vae.config.scaling_factor if base.is_dir() or not is_xl else XL_SCALE_FACTOR  # a single file states none
     where = "version" if base.is_dir() else "from_pretrained"
     return Conditioning(first_stage, text(**{where: str(base)}), stated or SCALE_FACTOR)
 

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 
-NAMES = {"yaml": "PyYAML"}  # what pip calls a package whose module has another name
+NAMES = {"yaml": "PyYAML"}  # module -> distribution, where the names differ
 
 
 def require(*modules: str, extra: str, wanted_by: str) -> None:

@@ -38,7 +38,7 @@ class Conditioning(nn.Module):
         self.cond_stage = cond_stage
         self.scale_factor = scale_factor
         self.tokenize = cond_stage.tokenize
-        self._no_caption: Tensor | None = None  # tokens of the empty caption, [1, ...], made when first asked for
+        self._no_caption: Tensor | None = None  # tokens of the empty caption, [1, ...], made at first use
         self.requires_grad_(False)
         self.eval()
 

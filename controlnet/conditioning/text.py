@@ -32,7 +32,7 @@ class CLIPTextEncoder(nn.Module):
     Raises ImportError without transformers; FileNotFoundError when nothing local has that name; ValueError.
     """
 
-    # What a subclass for another encoder changes: transformers' class, a pipeline's subfolders, a checkpoint's part.
+    # A subclass for another encoder overrides: transformers' class, a pipeline's subfolders, a checkpoint's part.
     model_class = "CLIPTextModel"
     subfolders = ("text_encoder", "tokenizer")
     part = "cond_stage"

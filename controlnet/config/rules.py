@@ -10,7 +10,7 @@ from controlnet.config.schema import ConfigError, shown
 
 logger = logging.getLogger(__name__)
 
-FUSED_ADAM = ("megatron_fused_adam", "distributed_fused_adam")  # NeMo's names for what is one optimizer here
+FUSED_ADAM = ("megatron_fused_adam", "distributed_fused_adam")  # NeMo's names; one optimizer here
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "pbm", "pnm", "npy")
 DATA_PARALLEL = re.compile(r"auto|(nlp_?)?ddp\w*|single_device|nemo\w*ddp\w*|megatron\w*")
 

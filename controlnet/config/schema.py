@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-LARGEST = 2**63 - 1  # of an integer, unless its key says less
+LARGEST = 2**63 - 1  # the largest integer; a key may have a lower maximum
 
 
 class ConfigError(ValueError):

@@ -352,7 +352,7 @@ def _mode() -> Any:
 
 
 class _Scalings:
-    """The scales of a model's LoRA layers. peft keeps them as numbers: {adapter: scale}, named `scaling`, in a layer."""
+    """The scales of a model's LoRA layers. peft keeps them as numbers, {adapter: scale}, in a layer's `scaling`."""
 
     def __init__(self, tables: list[dict[str, float]]):
         self.tables = tables

@@ -43,7 +43,7 @@ class ControlledUNet(nn.Module):
     def prepare_context(self, context: Tensor) -> Tensor | tuple[Prepared, Prepared]:
         """Computes the keys and values of a context [N, T, D] in both models, for use as `context` of many calls."""
         if not self.unet.arch.use_spatial_transformer:
-            return context  # which nothing reads
+            return context  # no layer reads it
         return self.unet.prepare_context(context), self.control.prepare_context(context)
 
     def forward(
@@ -76,7 +76,7 @@ class ControlledUNet(nn.Module):
         uncontrolled = hint is None and guided_hint is None
         if uncontrolled or (isinstance(scales, (int, float)) and scales == 0):
             return self.unet.decode(h, skips, None, timesteps, context, embedding=embedding)
-        if self.only_mid_control:  # nothing is computed for a scale of 0
+        if self.only_mid_control:  # outputs with scale 0 are not computed
             middle = scales[-1] if isinstance(scales, (list, tuple)) else scales
             scales = [0] * len(skips) + [middle]
         controlled = self.control(

@@ -265,7 +265,7 @@ class UNet(Trunk):
             h = h + control[-1]
         for block, i in zip(self.output_blocks, reversed(range(len(skips))), strict=True):
             skip = skips[i] if control is None or only_mid_control else skips[i] + control[i]
-            size = skips[i - 1].shape[2:]  # what an upsampling at the end of the block must reach
+            size = skips[i - 1].shape[2:]  # output size of an upsampling at the end of the block
             h = block(torch.cat([h, skip], dim=1), embedding, context, size)
         norm, _, conv = self.out
         return conv(norm.later(h))

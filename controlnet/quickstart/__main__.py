@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = command.parse(parser, argv)
     quiet_libraries()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # The same sums, so the same scores, on any number of cores; layers this small gain little from more threads.
+    # One thread gives the same scores on any machine; layers this small gain little from more.
     torch.set_num_threads(1)
     try:
         needed = ("omegaconf", "tqdm", "tensorboard", "webdataset")

@@ -82,13 +82,13 @@ class BothRanks(RandomStreams):
         return torch.cat([rank.dropped_prompts(count // 2, rate) for rank in self.ranks])
 
 
-@pytest.mark.parametrize("variant", ["locked", "decoder", "only mid control, micro-batches", "ZeRO-1"])
+@pytest.mark.parametrize("variant", ["locked", "decoder", "only mid control, micro-batches", "ZeRO-1, micro-batches"])
 def test_two_ranks_equal_one_with_the_double_batch(tmp_path, run_two, variant):
     """Same samples, same noise, same dropped prompts, same weights after 5 steps up to rounding."""
     overrides = {
         "locked": ["exp_manager.ema.enable=True"],
         "decoder": ["model.sd_locked=False", "trainer.gradient_clip_val=0.1"],
-        "ZeRO-1": ["optim.zero=True"],
+        "ZeRO-1, micro-batches": ["optim.zero=True", "trainer.accumulate_grad_batches=2"],
         "only mid control, micro-batches": ["model.only_mid_control=True", "trainer.accumulate_grad_batches=2"],
     }[variant]
     options = ["trainer.max_steps=5", *tiny_run.LINEAR, *overrides]
@@ -109,9 +109,11 @@ def test_two_ranks_equal_one_with_the_double_batch(tmp_path, run_two, variant):
     assert [row["images_seen"] for row in rows[0]] == [row["images_seen"] for row in rows[1]]
 
 
-@pytest.mark.parametrize("option", ["model.sd_locked=False", "optim.zero=True"])
-def test_resumed_on_two_ranks(tmp_path, run_two, option):
-    overrides = ["exp_manager.resume_if_exists=True", option]
+@pytest.mark.parametrize("zero", [False, True])
+def test_resumed_on_two_ranks(tmp_path, run_two, zero):
+    """To the bit, with micro-batches and an average; with ZeRO-1 on one rank, too, which takes all of the state."""
+    overrides = ["exp_manager.resume_if_exists=True", f"optim.zero={zero}", f"model.sd_locked={zero}"]
+    overrides += ["trainer.accumulate_grad_batches=2", "exp_manager.ema.enable=True"]
     assert run_two(tmp_path / "whole", "train", *overrides, "trainer.max_steps=4")[0] == [0, 0]
     assert run_two(tmp_path / "parts", "train", *overrides, "trainer.max_steps=2")[0] == [0, 0]
     path = tmp_path / "parts" / "checkpoints" / "step-00000002"
@@ -123,6 +125,12 @@ def test_resumed_on_two_ranks(tmp_path, run_two, option):
     for rank in range(2):
         for name, tensor in whole[rank]["weights"].items():
             assert torch.equal(tensor, parts[rank]["weights"][name]), name
+    other = ["exp_manager.resume_with_other_world_size=True", "trainer.max_steps=5", "model.micro_batch_size=4"]
+    one = tiny_run.trainer(tiny_run.configuration(tmp_path / "parts", *overrides, *other))
+    one.resume()
+    assert one.step == 4 and len(one.optimizer.state) == len(one.trainable)
+    one.fit()
+    assert one.step == 5
 
 
 def test_bad_numbers_on_one_rank_skip_the_step_on_both(tmp_path, run_two):

@@ -75,7 +75,7 @@ _NETWORK: dict[str, Key] = {
     "adm_in_channels": integer(None, "channels of y, with num_classes", low=1, high=_WIDTH),
     "resblock_gn_groups": only(None, "group norm has 32 groups", 32),
     "transformer_depth_middle": integer(None, "of the middle block (default that of the last level)", low=1, high=16),
-    "lora_network_alpha": only(None, "there is no LoRA"),
+    "lora_network_alpha": only(None, "training only a low rank is not served"),
     "use_te_fp8": only(False, "Transformer Engine is not used"),
     "from_NeMo": flag(None, "a remark, with a warning where the names in the file say otherwise", null=True),
     "image_size": silent(None, "the network takes any size"),

@@ -3,7 +3,9 @@
 import functools
 import json
 import signal
+import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -183,6 +185,23 @@ class TestVariants:
     def test_same_result(self, tmp_path, overrides):
         plain = fit(tmp_path / "plain", *tiny_run.LINEAR)
         variant = fit(tmp_path / "variant", *tiny_run.LINEAR, *overrides)
+        tiny_run.assert_same_weights(plain, tiny_run.weights(variant))
+
+    def test_an_optimizer_of_another_package(self, tmp_path, monkeypatch):
+        """Its kernel does not read found_inf, as that of AdamW with 8-bit state: bad steps are left out, and it resumes."""
+
+        class AdamW8bit(torch.optim.AdamW):
+            _step_supports_amp_scaling = False
+
+        package, module = types.ModuleType("bitsandbytes"), types.ModuleType("bitsandbytes.optim")
+        module.AdamW8bit = AdamW8bit
+        monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+        monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
+        plain = fit(tmp_path / "plain", *tiny_run.LINEAR, loader=Poisoned)
+        options = [*tiny_run.LINEAR, "optim.name=adamw_8bit", "exp_manager.resume_if_exists=True"]
+        fit(tmp_path / "variant", *options, "trainer.max_steps=2", loader=Poisoned)
+        variant = fit(tmp_path / "variant", *options, loader=Poisoned)
+        assert isinstance(variant.optimizer, AdamW8bit) and variant.skipped == plain.skipped == 1
         tiny_run.assert_same_weights(plain, tiny_run.weights(variant))
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="looks at what is measured on a CPU")
@@ -422,9 +441,15 @@ class TestCommand:
             (["model.global_batch_size=3"], "error: model.global_batch_size is 3; expected a multiple of 2"),
             (["model.max_step=4"], "error: model.max_step is not a known key"),
             (["data.train.dataset_path=[]"], "error: data.train.dataset_path is empty"),
+            (
+                ["optim.name=adamw_8bit"],
+                "error: optim.name is adamw_8bit but neither bitsandbytes nor torchao is installed",
+            ),
         ],
     )
-    def test_bad_input_is_one_line(self, tmp_path, overrides, message):
+    def test_bad_input_is_one_line(self, tmp_path, monkeypatch, overrides, message):
+        for name in ("bitsandbytes", "torchao"):
+            monkeypatch.setitem(sys.modules, name, None)  # not installed
         folder = f"exp_manager.explicit_log_dir={tmp_path}/run"
         with pytest.raises(SystemExit) as caught:
             train.main(["--config", self.config_file(tmp_path), folder, *overrides])

@@ -188,7 +188,7 @@ class TestVariants:
         tiny_run.assert_same_weights(plain, tiny_run.weights(variant))
 
     def test_an_optimizer_of_another_package(self, tmp_path, monkeypatch):
-        """Its kernel does not read found_inf, as that of 8-bit AdamW: bad steps are left out all the same, and it resumes."""
+        """Bad steps are left out though its kernel does not read found_inf, as that of 8-bit AdamW; and it resumes."""
 
         class AdamW8bit(torch.optim.AdamW):
             _step_supports_amp_scaling = False

@@ -1,4 +1,4 @@
-"""What a person reads when samples cannot be used: the commonest reason, an example of it, and the cure."""
+"""The text for samples that cannot be used: the most frequent reason, an example, and the remedy."""
 
 from __future__ import annotations
 

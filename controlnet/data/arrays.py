@@ -1,4 +1,4 @@
-"""Arrays from .npy files that nobody vouches for."""
+"""Reads .npy files from untrusted sources."""
 
 from __future__ import annotations
 

@@ -51,11 +51,11 @@ EXTENSIONS = (
     ("time_ids.npy", "time_ids"),
 )
 TEXT_TYPES = {"tokens": np.int32, "states": np.float16}
-TOLERANCE = 2e-3  # of a fingerprint: what storing the weights in bfloat16 changes, and training does not
+TOLERANCE = 2e-3  # of a fingerprint: more than rounding to bfloat16 changes it, less than training does
 
 
 def fingerprint(module: nn.Module, tensors: int = 16) -> list[float]:
-    """Numbers by which weights are known again, in whatever precision they are stored; empty without weights.
+    """Numbers that identify weights whatever precision they are stored in; empty without weights.
 
     Of up to `tensors` weights, evenly chosen: the norm over the square root of the count, and the mean over the norm.
     """

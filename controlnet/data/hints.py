@@ -19,7 +19,7 @@ from controlnet.data.palettes import Palette, PaletteError, palette
 
 KINDS = ("picture", "labels")
 PICTURE_CHANNELS = (1, 3, 4)  # gray, RGB, RGBA; any other number comes from .npy
-DARK = 16  # of 255: a hint whose largest value is less is hardly one
+DARK = 16  # of 255: a hint whose largest value is below this is reported as nearly black
 
 
 class HintReader(NamedTuple):
@@ -172,7 +172,7 @@ def read_hint(path: Path | str, size: tuple[int, int] | None = None, reader: Hin
     """
     reader, notes = reader or HintReader(), []
     with open(path, "rb") as file:
-        data = file.read(images.MAX_BYTES + 1)  # a device has no end
+        data = file.read(images.MAX_BYTES + 1)  # bounded, since a device file is endless
     if len(data) > images.MAX_BYTES:
         raise ValueError(f"the hint {path} has more than {images.MAX_BYTES} bytes")
     try:

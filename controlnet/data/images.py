@@ -1,4 +1,4 @@
-"""Pictures from bytes that nobody vouches for: the one decoder, of training, of `generate` and of `shards`.
+"""The decoder of pictures from untrusted bytes, used by training, `generate` and `shards` alike.
 
 The header is read first: the format must be one of `FORMATS`, the size within Pillow's limit. Then, for every use
 alike, the EXIF orientation is applied, transparency is laid on a ground, and 16 bits are scaled: 65535 becomes 1.

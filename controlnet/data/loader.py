@@ -110,7 +110,7 @@ def build_loader(
     portion = (train.get("filterings") or {}).get("estimated_portion") or 1
     count = _count(plan, stock, _or(shards.sample_count, stock.samples) * portion)
     plan = plan._replace(shards=stock.shards, epoch_batches=count // (world_size * batch_size))
-    of_rank = set(stock.left_out[rank::world_size])  # no worker will open them and count what they lack
+    of_rank = set(stock.left_out[rank::world_size])  # no worker opens these, so their drops are counted here
     return ShardLoader(plan, data.get("num_workers") or 0, start, [d for d in stock.drops if d.shard in of_rank])
 
 
@@ -212,7 +212,7 @@ class ShardLoader:
         self._messages: Iterator[Message] | None = None
 
     def _open(self) -> DataLoader:
-        """A loader that goes on where this one stands."""
+        """A DataLoader that starts at the present position."""
         return DataLoader(
             WorkerStream(self._plan, self._next, list(self._cursors)),
             batch_size=None,
@@ -274,7 +274,7 @@ class ShardLoader:
         return {"next": self._next, "epoch": self.epoch, "cursors": cursors, "layout": self._layout()}
 
     def _layout(self) -> dict[str, Any]:
-        """What has to be the same for a position to mean the same batches."""
+        """The settings that must not change between saving a position and resuming from it."""
         plan = self._plan
         names = ("seed", "rank", "world_size", "workers", "batch_size", "epoch_batches", "shuffle_buffer")
         buckets = [list(size) for size in plan.transform.sizes] if isinstance(plan.transform, Buckets) else None
@@ -357,7 +357,7 @@ class ImageShards:
     def samples(self, shard: str) -> Iterator[tuple[str, Decoded]]:
         """Key and sample of all that is whole and admitted; what is not is a warning for each reason."""
         index, told = index_shard(shard, self._extensions, self._ignored), set()
-        rng = np.random.default_rng(0)  # a centre crop draws nothing from it that counts
+        rng = np.random.default_rng(0)  # required by the transform; a centre crop does not depend on it
         for drop in index.drops:
             warnings.warn(f"left out: {drop}", stacklevel=2)
         for sample in index.samples:

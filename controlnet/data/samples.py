@@ -135,7 +135,7 @@ def placed(size: tuple[int, int], crop: tuple[int, int], draws: np.ndarray | Non
     spare_x, spare_y = size[0] - crop[1], size[1] - crop[0]
     if spare_x < 0 or spare_y < 0:
         raise BadSample("smaller than the crop")
-    if size[0] * size[1] > images.MAX_PIXELS:  # a thread of a picture: nothing of it would be recognised
+    if size[0] * size[1] > images.MAX_PIXELS:  # an extremely long, thin picture
         raise BadSample(f"resized, has more than {images.MAX_PIXELS} pixels")
     left, top = spare_x // 2, spare_y // 2
     if draws is not None:
@@ -290,7 +290,7 @@ def check_sample(sample: Sample, formats: Mapping[str, str], hints: HintReader, 
 
 
 def _of(role: str, step, *arguments):
-    """step(*arguments), its refusal under the name of the role."""
+    """step(*arguments); an ImageError becomes a BadSample that names the role."""
     try:
         return step(*arguments)
     except ImageError as error:

@@ -26,7 +26,7 @@ class DataError(ValueError):
     """The data cannot be used as configured; the message names the key, what came and what was expected."""
 
 
-GIT_LFS = b"version https://git-lfs"  # what a clone without its large files has in their place
+GIT_LFS = b"version https://git-lfs"  # the beginning of the placeholder of a file that Git LFS has not fetched
 _LINK = -1  # in place of an offset
 Stamp = tuple[int, int, int, int]  # what tells a file from another that takes its name: device, inode, size, mtime
 
@@ -98,7 +98,7 @@ def read_wdinfo(path: str) -> tuple[list[str], int]:
             info = _PlainUnpickler(file).load()
     except OSError as error:
         raise DataError(f"data.train.dataset_path: cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # a damaged pickle can raise nearly anything; all of it means the same
+    except Exception as error:  # a damaged pickle can raise nearly any exception
         raise DataError(f"data.train.dataset_path: {path} is refused: {error}; expected {expected}") from error
     if not isinstance(info, dict) or not isinstance(info.get("tar_files"), list):
         raise DataError(f"data.train.dataset_path: {path} holds a {type(info).__name__}; expected {expected}")

@@ -14,7 +14,7 @@ from controlnet.data.shards import DataError, Drop, index_shard
 
 HINT_SUFFIXES = ("png", "npy", "jpg", "jpeg", "webp")
 CAPTION_SUFFIXES = ("txt", "caption")
-# Pictures that people have and no format that is read.
+# Extensions of common picture formats that are not read.
 OTHER_IMAGES = ("avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jxl", "tif", "tiff")
 
 # Column names of tables as they are found: ours, Hugging Face's metadata, the original ControlNet's prompt.json.

@@ -1,4 +1,4 @@
-"""What each worker reads, and in which order: it follows from (seed, epoch, rank, worker), and can be resumed anywhere.
+"""What each worker reads, in which order: a function of (seed, epoch, rank, worker), resumable at any batch.
 
 The batches of a rank are numbered 0, 1, 2, ... and worker `number % workers` makes each. In an epoch a worker goes
 through its shards, shuffles within a buffer, and starts another lap where its shards hold fewer good samples than its
@@ -32,7 +32,7 @@ OWN, RANKS, ALL = range(3)
 
 
 class Plan(NamedTuple):
-    """All that the order and the content of a rank's batches follow from; see `loader.build_loader`."""
+    """The settings that determine order and content of a rank's batches; see `loader.build_loader`."""
 
     shards: list[str]
     extensions: tuple[tuple[str, str], ...]  # (extension, role)

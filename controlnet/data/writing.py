@@ -1,4 +1,4 @@
-"""Writes shards: samples checked as training will read them, hints computed, what is done already left as it is."""
+"""Writes shards: checks samples as training reads them, computes hints, and skips shards that are finished."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WDINFO = "wdinfo.pkl"
 
 
 class Making(NamedTuple):
-    """How the hint of a sample comes about, and what it must be.
+    """How the hint of a sample is made, and what form it must have.
 
     Attributes:
         hint: "given", "canny", "labels" or "command".
@@ -184,7 +184,7 @@ def write(folder: str, items: Sequence[Item], making: Making, size: int, workers
 
 
 def _leave_interrupts() -> None:
-    """Ctrl-C reaches every process of the terminal; the one that writes answers it."""
+    """Ignores Ctrl-C, which reaches every process of the terminal; the process that writes handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

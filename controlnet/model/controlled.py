@@ -1,4 +1,4 @@
-"""One prediction of the locked U-Net with its ControlNet: `ControlledUNet`."""
+"""The locked U-Net with a ControlNet beside its encoder."""
 
 from collections.abc import Iterator, Sequence
 

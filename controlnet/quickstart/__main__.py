@@ -34,7 +34,7 @@ from controlnet.training.run import run as train
 
 logger = logging.getLogger("controlnet")
 
-# What the control score must reach; less means that something is broken.
+# The control score of a working installation is at least this.
 LEAST_SCORE, LEAST_GAIN = 0.50, 2.5
 SHOWN = 10  # scenes in the picture, of those that are scored
 SAMPLE_STEPS, GUIDANCE, SAMPLE_SEED, BATCH = 20, 2.0, 0, 16

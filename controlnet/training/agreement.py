@@ -1,4 +1,4 @@
-"""What all ranks know of a step: decided on the device, read by the host while the device computes the next step."""
+"""Whether a step counts, agreed on by all ranks on the device and read by the host one step later."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from controlnet.training.distributed import World
 
 
 class Verdict(NamedTuple):
-    """A step as all ranks see it, and whether this rank's own loss was the one that broke."""
+    """What the ranks agreed on for a step: what was not finite, and whether a rank is asked to stop."""
 
     loss_broke: bool
     gradient_broke: bool
@@ -23,7 +23,7 @@ class Verdict(NamedTuple):
 
 
 class Agreement:
-    """Flags of a step, the same on all ranks: one all-reduce and one copy to pinned memory, neither waited for.
+    """Flags of a step, the same on all ranks: one all-reduce and one copy to pinned memory, both asynchronous.
 
     `ask` and `read` alternate. The optimizer takes the answer of `ask` on the device, so that no rank applies an update
     that another leaves out; the host learns it from `read`, which by then has nothing to wait for.
@@ -33,7 +33,7 @@ class Agreement:
         self.world = world
         cuda = world.device.type == "cuda"
         self._host = torch.zeros(4, pin_memory=cuda)
-        self._values = self._host.numpy()  # the same memory: reading it is no operation of PyTorch's
+        self._values = self._host.numpy()  # a view: reading it calls no PyTorch operation
         self._copied = torch.cuda.Event() if cuda else None
 
     def ask(self, loss: Tensor, norm: Tensor, stop: bool) -> Tensor:
@@ -55,7 +55,7 @@ class Agreement:
         return flags[:2].amax()
 
     def read(self) -> Verdict:
-        """The agreement that was asked for last."""
+        """The result of the last `ask`; on a GPU it waits until the copy has arrived."""
         if self._copied is not None:
             self._copied.synchronize()
         return Verdict(*(self._values > 0).tolist())

@@ -1,4 +1,4 @@
-"""What follows from the settings of a run: micro-batches in a step, the run's folder, and what is due after a step."""
+"""Computed from the settings of a run: micro-batches per step, the run's folder, and what is due after a step."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +39,7 @@ def run_folder(exp_manager: Mapping[str, Any]) -> Path:
 
 
 def due(cfg: Any, step: int, epoch: int, next_epoch: int) -> dict[str, bool]:
-    """What follows step number `step`, by the intervals of a configuration.
+    """What is due after step number `step`, by the intervals of a configuration.
 
     Args:
         cfg: from `config.load`.

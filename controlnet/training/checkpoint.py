@@ -73,7 +73,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Takes up what `random_state` returned."""
+    """Restores what `random_state` returned."""
     random.setstate(state["python"])
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
@@ -120,7 +120,7 @@ def save(
 
 
 def _bytes(tree: Any) -> int:
-    """Of all tensors in a tree of dicts, lists and tuples."""
+    """Bytes of all tensors in a tree of dicts, lists and tuples."""
     if isinstance(tree, Tensor):
         return tree.numel() * tree.element_size()
     children = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (list, tuple)) else ()
@@ -128,7 +128,7 @@ def _bytes(tree: Any) -> int:
 
 
 def choose(folder: Path, cfg: "DictConfig") -> Path | None:
-    """The checkpoint to take up, or None to start.
+    """The checkpoint to resume from, or None to start from the beginning.
 
     With exp_manager.resume_if_exists it is the newest complete one of the run's own folder, before an explicit
     resume_from_checkpoint, so that the same command can be given again after a crash.

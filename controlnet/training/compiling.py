@@ -1,4 +1,4 @@
-"""`model.inductor`: the parts of a step compiled with TorchInductor, once, and what a person hears meanwhile."""
+"""`model.inductor`: compiles the training step with TorchInductor, and logs the progress of the compilation."""
 
 import contextlib
 import logging
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def compile_parts(*parts: nn.Module, cudagraphs: bool) -> None:
-    """Has modules compiled at their first call, in place; with `cudagraphs` they replay CUDA graphs on a GPU."""
+    """Sets modules to be compiled at their first call, in place; `cudagraphs` is Inductor's mode reduce-overhead."""
     for part in parts:
         part.compile(mode="reduce-overhead" if cudagraphs else None)
 

@@ -1,4 +1,4 @@
-"""The ranks of a job: who they are, how they agree, and how they stop together."""
+"""The ranks of a job: start-up, collectives, and stopping together."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ class World:
     watch: RankWatch | None = dataclasses.field(default=None, compare=False)
 
     def at(self, what: str) -> None:
-        """Notes what this rank does now, for the others to name when they wait for it in vain."""
+        """Notes what this rank is doing, so that a rank that times out waiting for it can say so."""
         if self.watch is not None:
             self.watch.at(what)
 
@@ -133,7 +133,7 @@ class World:
                     raise RankError(f"the ranks of this job differ: {key} is {found}")
 
     def close(self) -> None:
-        """Leaves the process group. Not for an error's way out: the others may not be listening."""
+        """Leaves the process group. Not to be called after an error: it would wait for ranks that may have ended."""
         if self.watch is not None:
             self.watch.close()
         if self.size > 1:
@@ -225,7 +225,7 @@ class StopRequest:
     def __init__(self, grace: float = 60.0) -> None:
         self.signal: signal.Signals | None = None
         self.grace = grace
-        self.deadline: float | None = None  # by time.monotonic(); the run stops by itself then
+        self.deadline: float | None = None  # of time.monotonic(), at which the run stops by itself
         self._first = 0.0
         self._interrupts_left = 2 if "TORCHELASTIC_RUN_ID" in os.environ else 1
         self._nothing_to_save = False
@@ -248,7 +248,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def nothing_to_save(self) -> Iterator[None]:
-        """Within it a signal raises Interrupted: for work that takes minutes, such as the first compilation."""
+        """A context in which a signal raises Interrupted at once: for long work, such as the first compilation."""
         if self.signal is not None:
             raise Interrupted
         self._nothing_to_save = True
@@ -282,7 +282,7 @@ class StopRequest:
 
 
 class Interrupted(BaseException):
-    """Raised by a signal where there is nothing to save. No Exception: compilers catch those."""
+    """Raised by a signal where there is nothing to save. A BaseException, since compilers catch every Exception."""
 
 
 class Stopped(Exception):

@@ -1,4 +1,4 @@
-"""One run at a time in a folder: a lock that names its owner, and that a crash does not leave closed."""
+"""A lock on a run's folder: it names its owner, and a crash does not leave it locked."""
 
 import contextlib
 import json
@@ -67,7 +67,7 @@ class RunLock:
         threading.Thread(target=self._live, name="run lock", daemon=True).start()
 
     def release(self) -> None:
-        """Gives the lock back, if this process still holds it."""
+        """Releases the lock, if this process still holds it."""
         self._over.set()
         if self._owned is not None and self._owner() == self._owned:
             with contextlib.suppress(OSError):
@@ -75,7 +75,7 @@ class RunLock:
         self._owned = None
 
     def _create(self, own: dict[str, Any]) -> bool:
-        """Makes the file whole or not at all; returns whether it was not there."""
+        """Creates the lock file atomically; returns False when it exists already."""
         draft = self.path.with_name(f"{NAME}.{os.getpid()}")
         draft.write_text(json.dumps(own) + "\n", encoding="utf-8")
         try:
@@ -112,7 +112,7 @@ class RunLock:
 
     def _live(self) -> None:
         while not self._over.wait(self.beat):
-            with contextlib.suppress(OSError):  # a full disk takes no sign of life; the lock stays
+            with contextlib.suppress(OSError):  # a full disk: the lock stays, with an older heartbeat
                 os.utime(self.path)
 
 

@@ -53,7 +53,7 @@ class MetricLog:
         os.replace(temporary, self.path)
 
     def write(self, row: Mapping[str, float]) -> None:
-        # JSON has no NaN; a metric that is not finite is null, which every reader takes.
+        # JSON has no NaN: a metric that is not finite is written as null.
         finite = {key: value if value == value and abs(value) != float("inf") else None for key, value in row.items()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
@@ -140,7 +140,7 @@ def import_wandb() -> Any:
 
 
 def open_logs(folder: Path, exp_manager: Mapping[str, Any], settings: Mapping[str, Any], step: int) -> list[Log]:
-    """The logs that a configuration asks for; `step` is where the run is taken up."""
+    """The logs that a configuration asks for; `step` is where the run resumes."""
     logs: list[Log] = [MetricLog(folder, step)]
     if exp_manager["create_tensorboard_logger"]:
         logs.append(TensorBoardLog(folder, step))

@@ -1,4 +1,4 @@
-"""What a training run reports: progress, rows of metrics, pictures; none of which can end it."""
+"""What a training run reports: progress, rows of metrics, pictures. A failure to write them does not end the run."""
 
 import contextlib
 import logging
@@ -60,7 +60,7 @@ class Reporter:
             self._try(type(log).__name__, log.close)
 
     def _try(self, what: str, work: Callable[[], None]) -> None:
-        """Does the work; a disk that does not take it is a warning, once for each `what`."""
+        """Calls `work`; an OSError, such as a full disk, becomes a warning, once for each `what`."""
         try:
             work()
         except OSError as error:

@@ -62,14 +62,14 @@ def build_optimizer(
             raise ConfigError(f"optim.zero is true with optim.name={EIGHT_BIT}; expected one of the two")
         return _eight_bit()(trainable, **settings)
     if zero and ranks > 1:
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # its import compiles: seconds
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # its import takes seconds
 
         return ZeroRedundancyOptimizer(trainable, OPTIMIZERS[name], fused=True, **settings)
     return OPTIMIZERS[name](trainable, fused=True, **settings)
 
 
 def _eight_bit() -> Callable[..., torch.optim.Optimizer]:
-    """AdamW with 8-bit state, of whichever package is installed."""
+    """AdamW with 8-bit state, from bitsandbytes or torchao, whichever is installed."""
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
@@ -107,10 +107,10 @@ def gather_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: Mapping[Any, Any]) -> None:
-    """Takes up the `state` of an optimizer's state_dict; its settings stay as they are."""
+    """Restores the `state` of an optimizer's state_dict; learning rate and other settings stay as configured."""
     groups = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
     optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
-    if _is_shared(optimizer):  # which puts the step counts on the CPU
+    if _is_shared(optimizer):  # it has put the step counts on the CPU
         for parameter, own in optimizer.optim.state.items():
             own["step"] = own["step"].to(parameter.device)
 

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from controlnet.model.controlled import ControlledUNet
 from controlnet.training.distributed import World
 
-# The only buffers are the tables of the noise schedule, constants. PyTorch renames the argument that says so.
+# Buffers are not synchronised: they are the constant tables of the noise schedule. PyTorch renamed the argument.
 _SYNC_BUFFERS = "forward_sync_buffers"
 if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel.__init__).parameters:
     _SYNC_BUFFERS = "broadcast_buffers"
@@ -31,7 +31,7 @@ def place(model: ControlledUNet, device: torch.device, dtype: torch.dtype, chann
 
 
 def parallel(loss: nn.Module, world: World, gradient_as_bucket_view: bool) -> nn.Module:
-    """The loss whose gradients are averaged over the ranks; the loss itself for one rank."""
+    """Wraps the loss in DistributedDataParallel; with one rank returns it as it is."""
     if world.size == 1:
         return loss
     for parameter in loss.parameters():

@@ -1,4 +1,4 @@
-"""What is random in a training step: noise, timesteps, posterior samples of the first stage, dropped prompts."""
+"""The random numbers of a training step: noise, timesteps, posterior samples of the first stage, dropped prompts."""
 
 from collections.abc import Mapping
 from typing import Any

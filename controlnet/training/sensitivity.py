@@ -1,4 +1,4 @@
-"""Whether the model listens to its hint."""
+"""Control sensitivity: how much the prediction depends on the hint."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from controlnet.model.controlled import ControlledUNet
 from controlnet.model.diffusion import NoiseSchedule
 
-SAMPLES = 4  # enough to see it move; it costs two forward passes of so many
+SAMPLES = 4  # enough for a trend; the cost is two forward passes of this many
 
 
 class Sensitivity(nn.Module):

@@ -1,7 +1,7 @@
-"""The training loop: steps, what is reported of them, and how a run is saved and taken up.
+"""The training loop: steps, their reports, saving and resuming.
 
-A step is one update of the weights. It reads micro_batch_size * accumulation * ranks images, whatever the way they are
-split; warm-up, logging, samples, checkpoints and max_steps count steps.
+A step is one update of the weights. It reads micro_batch_size * accumulation * ranks images.
+Warm-up, logging, samples, checkpoints and max_steps are counted in steps.
 
 The host never waits for a step's result before it has handed the device the next one: whether the loss and the gradient
 were finite is decided on the device, on all ranks alike, and read a step late (`agreement.py`). A step is counted when
@@ -96,7 +96,7 @@ class Trainer:
         self.reporter: Any = None
         self._batches: Iterator[Mapping[str, Any] | None] = iter(())
         self._pending: list[str] | None = None  # keys of the step that is not counted yet
-        self._losses: list[Tensor] = []  # of the counted steps since the last row of metrics
+        self._losses: list[Tensor] = []  # of the steps counted since the last row of metrics
         self._loss = self._norm = torch.zeros((), device=world.device)  # of the last step
         self._latest: tuple[Any, tuple[Tensor, ...]] = None, ()  # batch and inputs of the last micro-batch
 
@@ -156,14 +156,14 @@ class Trainer:
             return
         epoch = self.loader.epoch
         self.data_over = not self.train_step()
-        # One rank knows of a signal by itself; several agree on it with the step's flags.
+        # A single rank sees a signal at once; several ranks agree on it with the flags of a step.
         alone = self.world.size == 1 and self.stop.requested
         self.stopped = self.stopped or alone
         if (self._over() or self._something_due(epoch)) and self._settle():
             self._duties(epoch)
 
     def _something_due(self, epoch: int) -> bool:
-        """Whether anything looks at the step that is not counted yet; `epoch` is that of its first batch."""
+        """Whether a report, save or the like is due after the pending step; `epoch` is that of its first batch."""
         step = self.step + 1
         return step == self.max_steps or any(due(self.cfg, step, epoch, self.loader.epoch).values())
 
@@ -206,7 +206,7 @@ class Trainer:
         return latents, hint, context, noise, timesteps, *(() if y is None else (y,))
 
     def train_step(self) -> bool:
-        """Hands the device one step: forward and backward over all micro-batches, agreement among the ranks, update.
+        """Queues one step: forward and backward over all micro-batches, the ranks' agreement, the update.
 
         When the loss or the gradient is not finite on any rank, all of them leave out the update, and the step does not
         count; the host learns of it in the next step, or from `_settle`.
@@ -254,7 +254,10 @@ class Trainer:
         self.scaler.update()
 
     def _settle(self) -> bool:
-        """Counts the step that was handed out last, or takes note that it was left out; returns whether it counted."""
+        """Reads the verdict on the pending step and counts the step, or records that it was skipped.
+
+        Returns whether it counted.
+        """
         if self._pending is None:
             return False
         keys, self._pending = self._pending, None
@@ -274,7 +277,7 @@ class Trainer:
     def _skip(self, loss_broke: bool, own_loss_broke: bool, keys: list[str]) -> None:
         """Counts a step without update; raises FloatingPointError after trainer.max_skipped_steps in a row."""
         self.skipped += 1
-        # An overflow that a smaller loss scale cures is how fp16 works; it says nothing against weights or data.
+        # Overflows in fp16 are expected until the loss scale fits; they are no sign of bad weights or data.
         if not loss_broke and self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
             return
         self.skipped_in_a_row += 1
@@ -313,7 +316,7 @@ class Trainer:
         self.reporter.row(self.step, self.images_seen, row)
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Within it the model holds what samples and validation look at."""
+        """A context in which the model holds the weights for samples and validation: the average, if there is one."""
         averaged = self.average is not None and not self.cfg.exp_manager.ema.validate_original_weights
         return self.average.swapped_in() if averaged else contextlib.nullcontext()
 
@@ -356,7 +359,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up what `state_dict` returned; the optimizer's settings stay those of the present configuration.
+        """Restores what `state_dict` returned; the optimizer's settings stay those of the present configuration.
 
         Raises:
             CheckpointError: other weights were trained, or an average is missing.
@@ -386,7 +389,7 @@ class Trainer:
         }
 
     def load_rank_state_dict(self, state: Mapping[str, Any]) -> Any:
-        """Takes up what `rank_state_dict` returned; returns the position in the data."""
+        """Restores what `rank_state_dict` returned; returns the position in the data."""
         checkpoint.set_random_state(state["global"], self.world.device)
         self.streams.load_state_dict(state["streams"])
         return state["position"]
@@ -431,7 +434,7 @@ class Trainer:
         return None
 
     def resume(self) -> None:
-        """Takes up the checkpoint that the configuration names, if any, and opens the data where it stood.
+        """Restores the checkpoint that the configuration names, if any, and opens the data at its position.
 
         Raises:
             CheckpointError: it is of another model or number of ranks, or damaged.
@@ -447,7 +450,7 @@ class Trainer:
         self.loader = self.make_loader(position)
 
     def load(self, path: Path) -> Any:
-        """Puts this where it was when the checkpoint was saved; returns the position in the data.
+        """Restores the state that the checkpoint was saved in; returns the position in the data.
 
         With another number of ranks than the checkpoint's, allowed by exp_manager.resume_with_other_world_size, the
         random streams start afresh and the position is None.

@@ -1,4 +1,4 @@
-"""How a run looks at itself, all ranks together: a grid of samples, and the loss on a validation set."""
+"""Evaluation during a run, by all ranks together: a grid of samples, and the loss on a validation set."""
 
 import itertools
 import math

@@ -1,11 +1,11 @@
-"""Signs of life of all ranks, by which a rank that waits in vain can say for which one, and why."""
+"""Heartbeats of all ranks: a rank that times out can name the rank it waited for, and the reason."""
 
 import json
 import threading
 import time
 from typing import Any
 
-BEAT = 2.0  # seconds between signs of life
+BEAT = 2.0  # seconds between heartbeats
 
 
 class RankWatch:
@@ -61,7 +61,7 @@ class RankWatch:
             found = [self._failure(rank) for rank in others]
             after = self._signs(others)
             silent = [rank for rank in others if after[rank]["count"] == before[rank]["count"]]
-            # A rank that has read all this has ended for a cause that it knows.
+            # A rank that has made its own diagnosis has ended for a known cause; it is not the cause.
             silent = [rank for rank in silent if not self.store.check([f"has read/{rank}"])]
         except RuntimeError as error:
             return f"the job's store, which rank 0 or the launcher keeps, does not answer: it has ended ({error})"

@@ -75,7 +75,9 @@ class Conditioning(nn.Module):
         Args:
             images: float [N, 3, H, W] in [-1, 1], H and W multiples of `factor`.
             generator: draws from the VAE's posterior; on any device. Not used by a first stage without one.
-        Raises ValueError for another shape, dtype, or size.
+
+        Raises:
+            ValueError: another shape, dtype, or size.
         """
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(

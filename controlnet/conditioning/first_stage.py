@@ -58,8 +58,11 @@ class AutoencoderKL(nn.Module):
         embed_dim: channels of the latent.
         precision: of encoding: "fp32", "fp16" or "bf16" (and their usual spellings). Stable Diffusion's VAE overflows
             in fp16.
-    Raises ImportError without diffusers; CheckpointError or FileNotFoundError for the weights; ValueError for an
-        architecture with attention outside the middle block.
+
+    Raises:
+        ImportError: diffusers is not installed.
+        CheckpointError, FileNotFoundError: the weights cannot be read.
+        ValueError: an architecture with attention outside the middle block.
     """
 
     def __init__(

@@ -49,6 +49,7 @@ class TextEncoders(nn.Module):
         from_pretrained: a Stable Diffusion XL checkpoint whose `conditioner.embedders.*` replace the folders' weights.
         zeros_for_empty: False encodes the empty caption as any other.
         precision: as `AutoencoderKL`.
+
     Raises: as `CLIPTextEncoder`.
     """
 

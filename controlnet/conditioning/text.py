@@ -29,7 +29,11 @@ class CLIPTextEncoder(nn.Module):
         layer_idx: which hidden state, with layer "hidden".
         from_pretrained: a Stable Diffusion checkpoint whose `cond_stage_model.*` weights replace the folder's.
         precision: as `AutoencoderKL`.
-    Raises ImportError without transformers; FileNotFoundError when nothing local has that name; ValueError.
+
+    Raises:
+        ImportError: transformers is not installed.
+        FileNotFoundError: nothing local has that name.
+        ValueError: `layer` and `layer_idx` do not go together, or `max_length` exceeds the model's positions.
     """
 
     # A subclass for another encoder overrides: transformers' class, a pipeline's subfolders, a checkpoint's part.

@@ -48,7 +48,9 @@ class NoiseSchedule(nn.Module):
             "v" sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0.
         cosine_s: offset of the cosine schedule.
         given_betas: [timesteps] betas that replace the schedule.
-    Raises ValueError for an unknown name, or betas outside (0, 1) or not `timesteps` many.
+
+    Raises:
+        ValueError: an unknown name, or betas outside (0, 1) or not `timesteps` many.
 
     The tables are float64 buffers outside the state_dict (old checkpoints carry float32 copies, which are not read).
     """

@@ -10,7 +10,8 @@ from controlnet.config import ConfigError
 def accumulation(micro: int, global_batch: int | None, accumulate: int, ranks: int) -> int:
     """Micro-batches in a step: global_batch / (micro * ranks), or `accumulate` when there is no global batch.
 
-    Raises ConfigError when they do not divide, or both are given and differ.
+    Raises:
+        ConfigError: they do not divide, or both are given and differ.
     """
     for name, value in (("model.micro_batch_size", micro), ("trainer.accumulate_grad_batches", accumulate)):
         if value < 1:

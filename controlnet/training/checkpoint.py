@@ -133,7 +133,8 @@ def choose(folder: Path, cfg: "DictConfig") -> Path | None:
     With exp_manager.resume_if_exists it is the newest complete one of the run's own folder, before an explicit
     resume_from_checkpoint, so that the same command can be given again after a crash.
 
-    Raises CheckpointError when the explicit one is not complete, or an old run would be overwritten.
+    Raises:
+        CheckpointError: the explicit one is not complete, or an old run would be overwritten.
     """
     manager = cfg.exp_manager
     explicit = manager.resume_from_checkpoint or cfg.model.resume_from_checkpoint or cfg.trainer.resume_from_checkpoint

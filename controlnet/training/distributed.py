@@ -152,7 +152,9 @@ def start(
         accelerator: "gpu" or "cuda", "cpu", or "auto" (a GPU where there is one).
         timeout: seconds that a rank waits for another one before it gives up.
         backend: "nccl" or "gloo"; by default NCCL on GPUs and gloo on CPUs.
-    Raises ConfigError when fewer or more processes run than the configuration says, with the command for as many.
+
+    Raises:
+        ConfigError: fewer or more processes run than the configuration says; the message has the command for as many.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

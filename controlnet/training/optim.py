@@ -124,7 +124,9 @@ class LearningRate:
     Args:
         config: the `optim` section: lr, and sched with name, warmup_steps or warmup_ratio, min_lr, max_steps.
         max_steps: the last step when sched.max_steps is not given; None or negative for no end.
-    Raises ConfigError for an unknown name, or a decay without an end.
+
+    Raises:
+        ConfigError: an unknown name, or a decay without an end.
     """
 
     def __init__(self, config: Mapping[str, Any], max_steps: int | None):

@@ -119,7 +119,8 @@ class Trainer:
     def fit(self) -> bool:
         """Trains until max_steps or max_epochs, or until a rank is asked to stop, and saves at the end either way.
 
-        Returns whether it was stopped.
+        Returns:
+            whether it was stopped.
         """
         if self.loader is None:
             self.resume()
@@ -211,7 +212,8 @@ class Trainer:
         When the loss or the gradient is not finite on any rank, all of them leave out the update, and the step does not
         count; the host learns of it in the next step, or from `_settle`.
 
-        Returns whether there was data for it.
+        Returns:
+            whether there was data for it.
         """
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.world.device)
@@ -256,7 +258,8 @@ class Trainer:
     def _settle(self) -> bool:
         """Reads the verdict on the pending step and counts the step, or records that it was skipped.
 
-        Returns whether it counted.
+        Returns:
+            whether it counted.
         """
         if self._pending is None:
             return False

@@ -47,8 +47,12 @@ def draw_grid(
     Args:
         batch: the rank's latest, of which the first images are taken.
         images: how many in all; rounded up to a multiple of the ranks, and at most the batch of each.
-    Returns the picture, and what is wrong with the samples (None when nothing is, see `images.fault`).
-    Raises Stopped on all ranks when one of them is asked to stop meanwhile.
+
+    Returns:
+        the picture, and what is wrong with the samples (None when nothing is, see `images.fault`).
+
+    Raises:
+        Stopped: on all ranks, when one of them is asked to stop meanwhile.
     """
     count = min(math.ceil(images / world.size), len(batch["keys"]))
     batch = {name: value[:count] for name, value in batch.items()}

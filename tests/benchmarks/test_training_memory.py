@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks import jobs, training_memory
-from benchmarks.training_memory import GB, RECIPES, Base, Counts, Recipe, bytes_of
+from benchmarks.device_free import Model
+from benchmarks.training_memory import GB, RECIPES, TEXT_ENCODERS, Counts, Recipe, bytes_of
 from controlnet.model.controlnet import ControlNet
 
 TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -15,7 +16,9 @@ COUNTS = Counts(1000, 400, 30, 50, 20, {True: 7, False: 70}, 1.0, 0.1, 0.8, 0.3,
 
 @pytest.fixture(scope="module")
 def counts():
-    return training_memory.measure(Base("small", jobs.TINY, 64, (TEXT, TEXT | {"projection_dim": 32})))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(TEXT_ENCODERS, "small", (TEXT, TEXT | {"projection_dim": 32}))
+        return training_memory.measure(Model("small", jobs.TINY, 8))
 
 
 def test_what_is_counted_is_the_network(counts):

@@ -11,6 +11,8 @@ from omegaconf import OmegaConf
 from controlnet import build, encode, train
 from controlnet.conditioning import AutoencoderKL
 from controlnet.data import DataError, build_loader, cached
+from controlnet.training.distributed import World
+from controlnet.training.run import Data
 from tests.controlnet import tiny, tiny_run
 from tests.controlnet.shard_files import jpeg, png, write_tar
 
@@ -98,6 +100,20 @@ def test_training_on_a_cache(tmp_path, shards):
     train.main(["--config", str(path)])
     rows = tiny_run.rows(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2] and all(np.isfinite(row["loss"]) for row in rows)
+
+
+def test_a_validation_set_has_a_crop_of_its_own(tmp_path, shards):
+    small = "augmentations.center_crop_h_w=8"
+    paths = encoded(tmp_path, configuration(tmp_path, shards, f"data.train.{small}"))
+    where = f"data.validation.dataset_path={json.dumps([str(path) for path in paths])}"
+    cfg = configuration(tmp_path, shards, where, f"data.validation.{small}", "trainer.val_check_interval=1")
+    data = Data(cfg, World(0, 1, 0, torch.device("cpu")), build.build_conditioning(cfg.model), 3)
+    (batch, *_) = data.validation().make_batches()
+    assert "moments" in batch and batch["hint"].shape[2:] == (8, 8)
+    with pytest.raises(DataError, match="'8 x 8, in the centre', is '16 x 16, in the centre'"):
+        Data(configuration(tmp_path, paths), *(getattr(data, name) for name in ("world", "conditioning")), 3).training(
+            None
+        )
 
 
 class TestRefused:

@@ -1,4 +1,4 @@
-"""The locked U-Net with a ControlNet beside its encoder."""
+"""One prediction of the locked U-Net with its ControlNet: `ControlledUNet`."""
 
 from collections.abc import Iterator, Sequence
 

@@ -54,7 +54,7 @@ def zeroed(module: nn.Module) -> nn.Module:
 
 
 def checkpointed(function: Callable[..., Tensor], *args: Any, enabled: bool, dropout: float = 0.0) -> Tensor:
-    """function(*args), recomputed in backward if enabled. The random state is restored only if dropout uses it."""
+    """Calls function(*args), with activation checkpointing if enabled; keeps random state only for dropout."""
     if enabled and torch.is_grad_enabled():
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=dropout > 0)
     return function(*args)

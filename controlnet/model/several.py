@@ -1,4 +1,4 @@
-"""Several ControlNets on one U-Net, each with its own hint and weight, with the interface of one ControlNet."""
+"""Several ControlNets on one U-Net, each with its own hint and weight, behind the interface of one."""
 
 from collections.abc import Sequence
 

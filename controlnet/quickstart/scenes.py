@@ -130,7 +130,7 @@ def _balloon(rng, row, column, x):
 
 
 def recognise(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Class and look of every pixel: those of the nearest colour in LOOKS.
+    """Classifies every pixel: the class and the look of the nearest colour in LOOKS.
 
     It knows neither caption nor hint, and nothing of shapes.
 

@@ -16,7 +16,6 @@ from cnkernels.tune import first_call
 from controlnet.training.distributed import RankError, StopRequest, start
 from controlnet.training.run import check_ranks
 from tests.controlnet import tiny_run
-from tests.controlnet.waiting import begun, waits
 
 
 class Poisoned(tiny_run.Loader):
@@ -109,6 +108,8 @@ def main():
         if job == "signal rank 1" and world.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         if job == "waits":
+            from tests.controlnet.waiting import begun, waits  # imports transformers, which takes seconds
+
             result = {"waits": waits(begun(run), 3), "step": run.step + run._settle()}
             torch.save(result, f"{folder}/result-rank{world.rank}.pt")
             world.close()

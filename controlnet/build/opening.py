@@ -185,7 +185,9 @@ def _conditioning_of(base: Path, is_xl: bool) -> Conditioning:
     """Loads the first stage and the text encoders of a Stable Diffusion checkpoint."""
     first_stage = AutoencoderKL(from_pretrained=str(base))
     text = TextEncoders if is_xl else CLIPTextEncoder
-    stated = first_stage.vae.config.scaling_factor if base.is_dir() or not is_xl else XL_SCALE_FACTOR  # a single file states none
+    stated = first_stage.vae.config.scaling_factor
+    if is_xl and not base.is_dir():
+        stated = XL_SCALE_FACTOR  # a single file does not state one
     where = "version" if base.is_dir() else "from_pretrained"
     return Conditioning(first_stage, text(**{where: str(base)}), stated or SCALE_FACTOR)
 

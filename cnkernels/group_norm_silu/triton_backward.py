@@ -578,7 +578,7 @@ def _spans_launches(batch, channels, spatial, groups, itemsize, sizes, sum_norme
     held = triton.next_power_of_2(spatial) * cut.width
     if cut.splits == 1 and fits(held, batch * cut.columns, MAX_HELD_SPAN):
         span = {"columns": cut.columns, "span_groups": cut.groups, "span": cut.groups * (channels // groups)}
-        span |= {"BLOCK_C": cut.width, "BLOCK_G": triton.next_power_of_2(cut.groups)}
+        span |= {"BLOCK_C": cut.width, "BLOCK_G": max(2, triton.next_power_of_2(cut.groups))}
         span |= {"BLOCK_R": triton.next_power_of_2(spatial), "SUM_NORMED": sum_normed}
         fused = Launch(_group_norm_silu_spans_fused_bwd_kernel, (batch * cut.columns,), sizes | span, warps_for(held))
         return fused, None, 1, 1

@@ -132,16 +132,24 @@ def executed(code: Sequence[Instruction], turns: Sequence[int], blocks: int) -> 
 
 
 def _matched(code: Sequence[Instruction], spans: list[tuple[int, int]], turns: Sequence[int]) -> list[int]:
-    """The turns of each loop of the machine code."""
-    if len(spans) == len(turns):
-        return list(turns)
-    if len(spans) == 2 * len(turns):  # each unrolled: a loop of several turns at once, then one for the rest
-        found = []
-        for (main, rest), total in zip(zip(spans[::2], spans[1::2], strict=True), turns, strict=True):
-            at_once = round(_loads(code, main) / max(1, _loads(code, rest)))
+    """The turns of each loop of the machine code.
+
+    An unrolled loop is two there: one of several turns at once, whose loads are a multiple of those of the next, which
+    does the rest.
+    """
+    found, left, extra = [], list(turns), len(spans) - len(turns)
+    while len(found) < len(spans) and left:
+        total = left.pop(0)
+        main, *rest = spans[len(found) : len(found) + 2]
+        loads, of_rest = _loads(code, main), _loads(code, rest[0]) if rest and rest[0][0] > main[1] else 0
+        if extra > 0 and of_rest and loads > of_rest and loads % of_rest == 0:
+            at_once, extra = loads // of_rest, extra - 1
             found += [total // at_once, total % at_once]
-        return found
-    raise ValueError(f"{len(spans)} loops in the machine code, {len(turns)} in the IR")
+        else:
+            found.append(total)
+    if left or len(found) != len(spans):
+        raise ValueError(f"{len(spans)} loops in the machine code, {len(turns)} in the IR")
+    return found
 
 
 def _loads(code: Sequence[Instruction], span: tuple[int, int]) -> int:

@@ -101,6 +101,11 @@ def test_an_unrolled_loop():
     assert counts(aot_work.executed(unrolled, [14], blocks=1)) == [3, 3, 3, 3, 3, 2, 2]
 
 
+def test_one_loop_unrolled_beside_one_that_is_not():
+    both = code("LDG", "LDG", "BRA 0x0", "LDG", "BRA 0x30", "LDG", "BRA 0x50")
+    assert counts(aot_work.executed(both, [7, 3], blocks=1)) == [3, 3, 3, 1, 1, 3, 3]
+
+
 def test_other_loops_than_those_of_the_ir_are_refused():
     with pytest.raises(ValueError, match="1 loops in the machine code, 3 in the IR"):
         aot_work.executed(code("FADD", "BRA 0x0"), [1, 1, 1], blocks=1)

@@ -131,7 +131,7 @@ def chain(x: Tensor | Later, product: Product, weight: Tensor, bias: Maybe = Non
     Notes:
         The values are those of the composition, bit for bit. In backward x is recomputed if weight needs a gradient; it
         is not saved for a frozen weight either. As in PyTorch, under autocast the product runs in autocast's dtype, and
-        a layer norm in float32. A deferred x cannot be differentiated twice.
+        a layer norm in float32.
     """
     if isinstance(x, Tensor):
         return product.forward(x, weight, bias, residual)
@@ -242,7 +242,11 @@ class _PromisedSiLU(NamedTuple):
     def backward(
         self, dy: Tensor, inputs: Inputs, saved: tuple[Tensor, ...], need: tuple[bool, ...]
     ) -> tuple[Maybe, ...]:
-        return torch.ops.aten.silu_backward(dy, inputs[0]), None, None, None
+        x = inputs[0]
+        if torch.is_grad_enabled():  # PyTorch's operation has no derivative
+            gate = torch.sigmoid(x)
+            return dy * gate * (1 + x * (1 - gate)), None, None, None
+        return torch.ops.aten.silu_backward(dy, x), None, None, None
 
 
 class _PromisedGEGLU(NamedTuple):
@@ -359,7 +363,8 @@ class _Chain(register.EagerFunction):
         need_inputs = tuple(needs[2:6])
         need_product = [any(need_inputs), needs[6], needs[7]]
         if needs[6]:
-            y = ctx.promise.again(x, a, b, c)
+            # For gradients of gradients (create_graph=True) y must be a function of its inputs.
+            y = ctx.promise.value(x, a, b, c) if torch.is_grad_enabled() else ctx.promise.again(x, a, b, c)
             y = y if y.dtype == weight.dtype else y.to(weight.dtype)
         else:
             y = _placeholder(ctx.shape, ctx.channels_last, dout)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.utils import _pytree as pytree
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -27,7 +28,8 @@ def op(
     """Registers torch.ops.cnkernels.<name>.
 
     Without `autograd`, differentiating through it is an error that says so; `differentiable=False` is for an op that
-    only writes into an argument, where torch.library takes no derivative.
+    only writes into an argument, where torch.library takes no derivative. A backward op takes both functions from
+    `derivatives_of`.
     """
     qualified = f"cnkernels::{name}"
     torch.library.define(qualified, schema, tags=(torch.Tag.needs_fixed_stride_order,))
@@ -39,9 +41,49 @@ def op(
 
 def _no_derivative(name: str) -> Callable:
     def refuse(ctx, *gradients):
-        raise RuntimeError(f"{name}: has no derivative (a backward pass of cnkernels cannot itself be differentiated)")
+        raise RuntimeError(f"{name}: has no derivative")
 
     return refuse
+
+
+def derivatives_of(function: Callable) -> dict[str, Callable]:
+    """The `setup_context` and `autograd` of a backward op, for gradients of gradients (`create_graph=True`).
+
+    Args:
+        function: takes the op's arguments, and computes its result in differentiable operations of PyTorch. It runs
+            only if the backward pass is differentiated, which may be repeated.
+    """
+
+    def setup_context(ctx, inputs, output):
+        leaves, ctx.spec = pytree.tree_flatten(inputs, is_leaf=_holds_no_tensors)
+        ctx.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        ctx.save_for_backward(*(leaf if isinstance(leaf, Tensor) else None for leaf in leaves))
+
+    def autograd(ctx, *gradients):
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Aliases: one input may have been computed from another, which is not a part of this derivative.
+            tensors = [t if t is None else t.view_as(t) for t in ctx.saved_tensors]
+            leaves = [other if t is None else t for t, other in zip(tensors, ctx.others, strict=True)]
+            outputs = pytree.tree_leaves(function(*pytree.tree_unflatten(leaves, ctx.spec)))
+        pairs = zip(outputs, pytree.tree_leaves(gradients), strict=True)
+        outputs, gradients = zip(
+            *(pair for pair in pairs if pair[1] is not None and pair[0].requires_grad), strict=True
+        )
+        wanted = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
+        computed = torch.autograd.grad(
+            outputs, [tensors[i] for i in wanted], gradients, create_graph=create_graph, allow_unused=True
+        )
+        result = dict(zip(wanted, computed, strict=True))
+        return tuple(pytree.tree_unflatten([result.get(i) for i in range(len(leaves))], ctx.spec))
+
+    return {"setup_context": setup_context, "autograd": autograd}
+
+
+def _holds_no_tensors(argument: object) -> bool:
+    """False for the tuple of all arguments, and for a list of tensors; a list of numbers has one gradient, None."""
+    tensors = isinstance(argument, list) and all(isinstance(t, Tensor) for t in argument)
+    return not (isinstance(argument, tuple) or tensors)
 
 
 def expect(condition: bool, op: str, argument: str, expected: str, got: object) -> None:

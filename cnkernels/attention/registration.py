@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from cnkernels import dispatch, layout, plans, register
+from cnkernels.attention import reference
 from cnkernels.register import expect
 
 _NAME = "attention"
@@ -82,6 +83,10 @@ def _packed_backward(dout, q, k, v, out, lse, scale, need):
     return register.keep_requested(backward(dout, q, k, v, out, lse, scale, tuple(need)), need)
 
 
+def _differentiable_backward(*arguments):
+    return register.needed(reference.attention_bwd(*arguments), arguments[-1])
+
+
 def _fake_backward(dout, q, k, v, out, lse, scale, need):
     return [t.new_empty(t.shape) for t in register.keep_requested((q, k, v), need)]
 
@@ -125,4 +130,5 @@ register.op(
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, bool[] need) -> Tensor[]",
     _packed_backward,
     _fake_backward,
+    **register.derivatives_of(_differentiable_backward),
 )

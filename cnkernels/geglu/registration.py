@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from cnkernels import dispatch, layout, plans, register
+from cnkernels.geglu import reference
 from cnkernels.register import expect
 
 _NAME = "geglu"
@@ -90,4 +91,10 @@ Eager = register.eager_function("GEGLU", forward, _keep, _autograd)
 register.op(
     _NAME, "(Tensor projected) -> Tensor", forward, fake_forward, setup_context=_setup_context, autograd=_autograd
 )
-register.op(f"{_NAME}_backward", "(Tensor dout, Tensor projected) -> Tensor", backward, _fake_backward)
+register.op(
+    f"{_NAME}_backward",
+    "(Tensor dout, Tensor projected) -> Tensor",
+    backward,
+    _fake_backward,
+    **register.derivatives_of(reference.geglu_bwd),
+)

@@ -58,6 +58,13 @@ def group_norm_silu_bwd(
     return dx, dweight, dbias, daddend
 
 
+def statistics_as_functions(x: Tensor, groups: int, addend: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean and this rstd, [N, groups], as differentiable functions of x and addend; rstd says what eps was."""
+    var, mean = torch.var_mean(_by_group(_shifted(x, addend), groups), dim=(2, 3), correction=0)
+    eps = (rstd**-2 - var).detach()
+    return mean, torch.rsqrt(var + eps)
+
+
 def _wide(t: Tensor, like: Tensor) -> Tensor:
     return t.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
 

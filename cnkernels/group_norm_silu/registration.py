@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cnkernels import dispatch, layout, plans, register
+from cnkernels.group_norm_silu import reference
 from cnkernels.register import expect
 
 _NAME = "group_norm_silu"
@@ -98,6 +99,12 @@ def _packed_backward(dy, x, groups, weight, bias, mean, rstd, activation, addend
     return register.keep_requested(gradients, need)
 
 
+def _differentiable_backward(dy, x, groups, weight, bias, mean, rstd, activation, addend, need):
+    mean, rstd = reference.statistics_as_functions(x, groups, addend, rstd)
+    gradients = reference.group_norm_silu_bwd(dy, x, groups, weight, bias, mean, rstd, activation, addend, need)
+    return register.needed(gradients, need)
+
+
 def _fake_backward(dy, x, groups, weight, bias, mean, rstd, activation, addend, need):
     contiguous = register.contiguous(weight, bias, addend)
     return [torch.empty_like(t) for t in register.keep_requested((layout.dense(x), *contiguous), need)]
@@ -159,4 +166,5 @@ register.op(
     "Tensor? addend, bool[] need) -> Tensor[]",
     _packed_backward,
     _fake_backward,
+    **register.derivatives_of(_differentiable_backward),
 )

@@ -202,6 +202,11 @@ def _fake_backward(douts, xs, weights, biases, scales, given, factors, channels_
     return [gradient for row in rows for gradient in registration.fake_backward(*row)]
 
 
+def _differentiable_backward(douts, xs, weights, biases, scales, given, factors, channels_last, need):
+    rows = _backward_rows((douts, xs, weights, biases, scales), given, factors, channels_last, need)
+    return [gradient for row in rows for gradient in registration.differentiable_backward(*row)]
+
+
 def _setup_context(ctx, inputs, output):
     *lists, ctx.given, ctx.factors = inputs
     _save(ctx, *unpack(lists, ctx.given))
@@ -291,4 +296,5 @@ register.op(
     "bool[] channels_last, bool[] need) -> Tensor[]",
     _backward,
     _fake_backward,
+    **register.derivatives_of(_differentiable_backward),
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cnkernels import dispatch, layout, plans, register
 from cnkernels.register import expect
+from cnkernels.zero_conv_add import reference
 
 _NAME = "zero_conv_add"
 _FORWARD, _FORWARD_OUT, _BACKWARD = plans.Plans(), plans.Plans(), plans.Plans()
@@ -227,6 +228,11 @@ def _packed_backward(dout, x, weight, bias, scale, factor, channels_last, need):
     return register.keep_requested(backward(dout, x, weight, bias, scale, factor, channels_last, tuple(need)), need)
 
 
+def differentiable_backward(dout, x, weight, bias, scale, factor, channels_last, need):
+    call = backward_call_of(dout, x, weight, bias, scale, factor, channels_last, need)
+    return register.needed(as_parameters(reference.zero_conv_add_bwd(*call), call[2], scale, need), need)
+
+
 def fake_backward(dout, x, weight, bias, scale, factor, channels_last, need):
     x = _input(x, dout, weight, channels_last)
     return [torch.empty_like(t) for t in register.keep_requested((x, *register.contiguous(weight, bias, scale)), need)]
@@ -278,4 +284,5 @@ register.op(
     "bool[] need) -> Tensor[]",
     _packed_backward,
     fake_backward,
+    **register.derivatives_of(differentiable_backward),
 )

@@ -79,7 +79,6 @@ def accelerate(
         same memory (`weight.data.mul_(2)`), which PyTorch does not count. Call `controlnet.diffusers.forget()` after
         it, as diffusers' EMAModel, fuse_lora and unfuse_lora are made to. Assigning `.data` is noticed.
         Under torch.jit.trace, torch.func, forward-mode derivatives and hooks on all modules diffusers' own code runs.
-        A backward pass cannot be differentiated again.
     """
     _check_release()
     models = _models(target)

@@ -352,7 +352,7 @@ def _mode() -> Any:
 
 
 class _Scalings:
-    """The scales of a model's LoRA layers. peft keeps them as numbers, {adapter: scale}, in a layer's `scaling`."""
+    """The scales of a model's LoRA layers. In peft each layer has them as `scaling`: {adapter: number}."""
 
     def __init__(self, tables: list[dict[str, float]]):
         self.tables = tables

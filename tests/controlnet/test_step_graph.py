@@ -214,7 +214,7 @@ def two_loras(base):
 
 @torch.no_grad()
 def test_lora_scales_are_copied(both, recorder):
-    """A call's factor and the adapters' weights, of all layers or layer by layer, take no new capture."""
+    """The factor of a call and the adapters' weights, of all layers or of some, take no new capture."""
     base = both[0]
     two_loras(base)
     reference = copy.deepcopy(base)

@@ -20,16 +20,12 @@ Target = TypeVar("Target")
 
 TESTED = ((0, 40), (0, 42))  # releases of diffusers, first and last
 MODELS = ("UNet2DConditionModel", "ControlNetModel", "MultiControlNetModel", "AutoencoderKL")
-_OWN = ("_cn", "_cn_name", "_cn_kept", "_cn_contiguous")  # attributes of what was accelerated
+_KNOWN = tuple(getattr(diffusers, name) for name in MODELS)
+_OWN = ("_cn", "_cn_name", "_cn_kept", "_cn_contiguous", "_cn_hooks")  # attributes that `restore` removes
 _ORIGINALS = {cls: original for original, cls in blocks.SWAPS.items()}
 _ORIGINALS |= {exits.ZeroConv: nn.Conv2d, blocks.GroupNorm: nn.GroupNorm}
 # Methods that write through `.data`, which version counters do not show.
-_WRITERS = (
-    ("EMAModel", "copy_to"),
-    ("EMAModel", "restore"),
-    ("PeftAdapterMixin", "fuse_lora"),
-    ("PeftAdapterMixin", "unfuse_lora"),
-)
+_WRITERS = {"EMAModel": ("copy_to", "restore"), "PeftAdapterMixin": ("fuse_lora", "unfuse_lora")}
 
 
 def accelerate(
@@ -42,14 +38,14 @@ def accelerate(
 ) -> Target:
     """Makes a diffusers pipeline or model compute by fused kernels, in place; the weights stay the same tensors.
 
-    The classes of the blocks inside (residual blocks, attention, transformers, feed-forwards, the ControlNet's exits)
-    become subclasses of themselves with a faster forward; diffusers' own forward of the model goes on calling them. A
-    block that is not what its fast forward knows (other layers in it, hooks, another attention processor, an attention
-    mask) runs diffusers' own code, after one warning that names it; the blocks around it stay fast. LoRA layers,
-    quantised and offloaded layers are called as the modules they are.
+    The blocks inside (residual blocks, attention, transformers, the ControlNet's zero convolutions) get subclasses of
+    their classes with a faster forward; diffusers' own forward of the model goes on calling them. A block that its fast
+    forward does not support (other layers in it, hooks, another attention processor, an attention mask) runs diffusers'
+    own code, after one warning that names it; the blocks around it stay fast. LoRA layers, quantised and offloaded
+    layers are called as modules.
 
     Between the steps of a denoising loop the encoded hint and the keys and values of the prompt are kept, as long as
-    what they were made of stays the same.
+    their inputs and weights stay the same.
 
     With `graph`, the steps of U-Net and ControlNets are CUDA graphs: captured at the first step, in seconds, and then
     replayed (see `controlnet.inference.graph.StepGraph`).
@@ -58,13 +54,14 @@ def accelerate(
         target: a pipeline with a UNet2DConditionModel (Stable Diffusion 1, 2 and XL, with or without ControlNets), or
             one of UNet2DConditionModel, ControlNetModel, MultiControlNetModel and AutoencoderKL; compiled ones too.
         graph: run inference steps as CUDA graphs. Another size, dtype, LoRA or change of a module captures again;
-            timestep, scales, prompt and hint are copied. Elsewhere than on a GPU, and with gradients, calls are eager.
+            timestep, scales (of ControlNets and LoRAs), prompt and hint are copied. Without a GPU, and with gradients,
+            calls are eager.
         tune: at the first image, check the kernels and measure which are fastest for its shapes (`cnkernels.tune`),
-            in seconds; what is known of this machine is not measured again. Compiled models are left alone.
-        channels_last: convert the convolutions' weights to channels_last, with the same values. Without it the kernels
-            serve all the same, and each convolution on a GPU converts at every call. False is for code that flattens
-            parameters with `view`, such as torch.nn.utils.parameters_to_vector.
-        recorder: what captures, shared by all models; None for torch.cuda.CUDAGraph.
+            in seconds. Earlier measurements of this machine are read from a file. Compiled models are left alone.
+        channels_last: convert the convolutions' weights to channels_last, with the same values. False is for code that
+            flattens parameters with `view`, such as torch.nn.utils.parameters_to_vector; the kernels serve contiguous
+            weights, too, but a convolution on a GPU then converts its weight at every call.
+        recorder: captures the graphs of all models; None for torch.cuda.CUDAGraph.
 
     Returns:
         `target`. A second time it changes nothing.
@@ -75,32 +72,40 @@ def accelerate(
         ImportError: this release of diffusers has not been tested.
 
     Notes:
-        Values kept from an earlier step notice every change of their inputs but one: a write through `.data` into the
-        same memory (`weight.data.mul_(2)`), which PyTorch does not count. Call `controlnet.diffusers.forget()` after
-        it, as diffusers' EMAModel, fuse_lora and unfuse_lora are made to. Assigning `.data` is noticed.
+        One change of an input or weight of kept values is not noticed: a write through `.data` into the same memory
+        (`weight.data.mul_(2)`), which PyTorch does not count. Call `controlnet.diffusers.forget()` after it; diffusers'
+        EMAModel, fuse_lora and unfuse_lora do so from the first `accelerate` on. Assigning `.data` is noticed.
         Under torch.jit.trace, torch.func, forward-mode derivatives and hooks on all modules diffusers' own code runs.
+        Gradients can be differentiated again (create_graph=True).
     """
     _check_release()
     models = _models(target)
     for model in models:
         _check_devices(model)
     _make_writers_forget()
+    recorder = CudaRecorder() if recorder is None else recorder
     for model in models:
         _swap(model, channels_last)
-    if tune:
-        for model in models:
-            if not isinstance(model, diffusers.AutoencoderKL):  # whose forward nobody calls
-                first_call.at_first_call(model, _call_without_graph)
-    if graph:
-        recorder = CudaRecorder() if recorder is None else recorder
-        for model in models:
-            if not isinstance(model, diffusers.AutoencoderKL):
-                _step_by_graph(model, recorder)
+        is_step = not isinstance(model, diffusers.AutoencoderKL)  # whose forward nobody calls
+        if tune and is_step:
+            first_call.at_first_call(model, _call_without_graph)
+        if graph and is_step:
+            _step_by_graph(model, recorder)
     return target
 
 
 def restore(target: Target) -> Target:
-    """Undoes `accelerate`: classes, forwards and memory formats are as before. Returns `target`."""
+    """Undoes `accelerate`: classes, forwards and memory formats are as before.
+
+    Args:
+        target: as for `accelerate`.
+
+    Returns:
+        `target`.
+
+    Raises:
+        TypeError: `target` is none of the supported kinds.
+    """
     for model in _models(target):
         first_call.never(model)
         for name in ("forward", "_old_forward"):
@@ -110,44 +115,39 @@ def restore(target: Target) -> Target:
                     model.__dict__[name] = types.MethodType(type(model).forward, model)
         if model.__dict__.get("_cn_contiguous", False):
             model.to(memory_format=torch.contiguous_format)
+        for hook in model.__dict__.get("_cn_hooks", ()):
+            hook.remove()
         for module in model.modules():
             if type(module) in _ORIGINALS:
                 _retype(module, _ORIGINALS[type(module)])
             for name in _OWN:
                 module.__dict__.pop(name, None)
-        for hooks, own in ((model._forward_pre_hooks, exits.enter), (model._forward_hooks, exits.leave)):
-            for key in [key for key, hook in hooks.items() if hook is own]:
-                tables = (hooks, model._forward_pre_hooks_with_kwargs, model._forward_hooks_with_kwargs)
-                for table in (*tables, model._forward_hooks_always_called):
-                    table.pop(key, None)
     return target
 
 
 def _call_without_graph(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The model's output, computed eagerly where its forward is a graph's."""
-    graph = model.__dict__.get("forward")
-    if not isinstance(graph, exits.Stepper):
-        return nn.Module.__call__(model, *args, **kwargs)
-    del model.__dict__["forward"]
+    steppers = [value for value in model.__dict__.values() if isinstance(value, exits.Stepper)]
     try:
-        return nn.Module.__call__(model, *args, **kwargs)
+        for stepper in steppers:
+            stepper.eager = True
+        return model(*args, **kwargs)
     finally:
-        model.__dict__["forward"] = graph
+        for stepper in steppers:
+            stepper.eager = False
 
 
 def _models(target: Any) -> list[nn.Module]:
     """The models in `target` whose blocks may be swapped."""
     target = getattr(target, "_orig_mod", target)
+    if isinstance(target, diffusers.MultiControlNetModel):
+        return [model for net in target.nets for model in _models(net)]
+    if isinstance(target, _KNOWN):
+        return [target]
     if isinstance(target, diffusers.DiffusionPipeline):
         parts = [getattr(target, name, None) for name in ("unet", "controlnet", "vae")]
         parts = [getattr(part, "_orig_mod", part) for part in parts]
         if isinstance(parts[0], diffusers.UNet2DConditionModel):
-            known = tuple(getattr(diffusers, name) for name in MODELS)
-            return [model for part in parts if isinstance(part, known) for model in _models(part)]
-    elif isinstance(target, diffusers.MultiControlNetModel):
-        return [model for net in target.nets for model in _models(net)]
-    elif isinstance(target, (diffusers.UNet2DConditionModel, diffusers.ControlNetModel, diffusers.AutoencoderKL)):
-        return [target]
+            return [model for part in parts if isinstance(part, _KNOWN) for model in _models(part)]
     kind = f"{type(target).__module__}.{type(target).__qualname__}"
     raise TypeError(
         f"target is a {kind}; expected a pipeline with a UNet2DConditionModel (Stable Diffusion 1, 2, XL) or one of "
@@ -170,9 +170,10 @@ def _swap(model: nn.Module, channels_last: bool) -> None:
         for conv in (*model.controlnet_down_blocks, model.controlnet_mid_block):
             if type(conv) is nn.Conv2d:
                 _retype(conv, exits.ZeroConv)
-        model.register_forward_pre_hook(exits.enter, with_kwargs=True)
-        model.register_forward_hook(exits.leave, with_kwargs=True, always_call=True)
-    model.__dict__.update(_cn=shared)
+        before = model.register_forward_pre_hook(exits.enter, with_kwargs=True)
+        after = model.register_forward_hook(exits.leave, with_kwargs=True, always_call=True)
+        model.__dict__["_cn_hooks"] = (before, after)
+    model.__dict__["_cn"] = shared
     if channels_last:
         model.__dict__["_cn_contiguous"] = all(p.is_contiguous() for p in model.parameters())
         model.to(memory_format=torch.channels_last)
@@ -196,7 +197,7 @@ def _retype(module: nn.Module, cls: type[nn.Module]) -> None:
 def _make_writers_forget() -> None:
     from diffusers import training_utils
 
-    for owner, name in _WRITERS:
+    for owner, name in [(owner, name) for owner, names in _WRITERS.items() for name in names]:
         cls = getattr(training_utils, owner, None) or getattr(peft, owner)
         method = getattr(cls, name)
         if not getattr(method, "_cn_forgets", False):

@@ -1,9 +1,10 @@
 """Blocks of diffusers' U-Nets, ControlNets and VAEs with a faster forward: the same modules, children and weights.
 
-An object gets one of these classes by `controlnet.accelerate`; diffusers' forward goes on calling it. A block that is
-not what its fast forward knows runs the forward it had before.
+`controlnet.accelerate` changes the class of such an object to one of these; diffusers' forward of the model goes on
+calling it. Where a block differs from what its fast forward supports, it runs diffusers' own forward.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -25,19 +26,27 @@ _ATTENTION = (
     (F, "scaled_dot_product_attention"),
     *((processor, "__call__") for processor in checks.PROCESSORS),
 )
+_TRANSFORMER_ARGUMENTS = tuple(inspect.signature(attention.BasicTransformerBlock.forward).parameters)[1:]  # no self
 
 
 class Block:
-    """What all have: `_strange` says why the block, or this call of it, is diffusers' to compute."""
+    """The base of all blocks: decides whether a call takes the fast forward."""
 
-    SOURCES: list[tuple[Any, str, Any]] = []  # what the forward stands for
-    CHILDREN: tuple[tuple[str, type[nn.Module]], ...] = ()  # whose calls it leaves out
+    SOURCES: list[tuple[Any, str, Any]] = []  # the functions whose place the fast forward takes
+    CHILDREN: tuple[tuple[str, type[nn.Module]], ...] = ()  # the children whose forward it does not call
 
-    def _strange(self, call: str | None = None) -> str | None:
+    def _unsupported(self, call: str | None = None) -> bool:
+        """Whether diffusers' own forward must run. Warns, once for each reason, unless that is due to a transform.
+
+        Args:
+            call: the reason why this call is not supported, None if it is.
+        """
+        if checks.transformed():
+            return True
         reason = call or checks.replaced(self.SOURCES) or checks.strange(self, self.CHILDREN)
         if reason is not None:
             checks.warn(self, reason)
-        return reason
+        return reason is not None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_cn_kept"}
@@ -50,7 +59,7 @@ class ResnetBlock2D(Block, resnet.ResnetBlock2D):
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         if exits.skipping():
             return input_tensor.new_zeros(input_tensor.shape[0], self.conv2.out_channels, *input_tensor.shape[2:])
-        if checks.watched() or self._strange(self._call(input_tensor, temb, args or kwargs)):
+        if self._unsupported(self._call(input_tensor, temb, args or kwargs)):
             return super().forward(input_tensor, temb, *args, **kwargs)
         own = self._modules
         h = layers.norm_conv(own["norm1"], own["conv1"], input_tensor, None, None)
@@ -93,7 +102,7 @@ class Attention(Block, attention_processor.Attention):
         **kwargs: Any,
     ) -> Tensor:
         x, context = hidden_states, encoder_hidden_states
-        if checks.watched() or self._strange(self.call(x, context, attention_mask, kwargs)):
+        if self._unsupported(self.call(x, context, attention_mask, kwargs)):
             return super().forward(x, context, attention_mask, **kwargs)
         if x.dim() == 3 and self.group_norm is None:
             out = self.attend(x, context)
@@ -105,7 +114,7 @@ class Attention(Block, attention_processor.Attention):
         return out if self.rescale_output_factor == 1 else out / self.rescale_output_factor
 
     def call(self, x: Tensor, context: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> str | None:
-        """What of this call `attend` does not know, in words."""
+        """The reason why `attend` cannot serve this call, None if it can."""
         kind = type(self.processor)
         if kind not in checks.PROCESSORS:
             return f"the attention processor {kind.__name__}"
@@ -113,12 +122,7 @@ class Attention(Block, attention_processor.Attention):
             return "an attention mask"
         if kwargs and kwargs.keys() != {"temb"}:  # which the spatial norm alone reads
             return f"the attention arguments {', '.join(kwargs)}"
-        if (
-            self.spatial_norm is not None
-            or self.norm_cross is not None
-            or self.norm_q is not None
-            or self.norm_k is not None
-        ):
+        if any(getattr(self, name) is not None for name in ("spatial_norm", "norm_cross", "norm_q", "norm_k")):
             return "an attention with norms of its own"
         group_norm = self.group_norm
         if group_norm is not None and not (x.dim() == 4 and checks.plain(group_norm, nn.GroupNorm)):
@@ -128,7 +132,7 @@ class Attention(Block, attention_processor.Attention):
         return None
 
     def attend(self, x: Tensor | Later, context: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        """to_out(softmax(q k^T) v) + residual, of tokens x [N, S, C] and context [N, T, D], or x itself for None."""
+        """to_out(softmax(scale * q k^T) v) + residual, of tokens x [N, S, C] and context [N, T, D] or None for x."""
         own = self._modules
         to_q, to_k, to_v = own["to_q"], own["to_k"], own["to_v"]
         if context is None:
@@ -152,22 +156,13 @@ class Attention(Block, attention_processor.Attention):
         return out if residual is None else out + residual
 
     def _project(self, x: Tensor | Later, modules: tuple[nn.Module, ...]) -> list[Tensor]:
-        """q, k and v of tokens; of one product where gradients flow, so that backward reads the tokens once."""
+        """q, k and v of tokens x. With gradients by one product, so that backward reads x once."""
         if torch.is_grad_enabled() and all(checks.plain(m, nn.Linear) and m.bias is None for m in modules):
             weights = [m.weight for m in modules]
-            parts = recompute.chain(x, recompute.LINEAR, torch.cat(weights)).split([len(w) for w in weights], dim=2)
-            return list(parts)
-        x = layers.now(x)
+            rows = recompute.chain(x, recompute.LINEAR, torch.cat(weights))
+            return list(rows.split([len(w) for w in weights], dim=2))
+        x = x.now() if isinstance(x, Later) else x
         return [layers.linear(m, x) for m in modules]
-
-
-class GEGLU(Block, activations.GEGLU):
-    SOURCES = checks.sources(activations.GEGLU, nn.Linear)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or checks.watched() or self._strange():
-            return super().forward(hidden_states, *args, **kwargs)
-        return cnkernels.geglu(layers.linear(self.proj, hidden_states))
 
 
 class BasicTransformerBlock(Block, attention.BasicTransformerBlock):
@@ -176,45 +171,26 @@ class BasicTransformerBlock(Block, attention.BasicTransformerBlock):
     )
     CHILDREN = (("norm1", nn.LayerNorm), ("norm3", nn.LayerNorm))
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        timestep: Tensor | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        class_labels: Tensor | None = None,
-        added_cond_kwargs: dict[str, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        more = cross_attention_kwargs or {}
-        if checks.watched() or self._strange(self._call(hidden_states, more, kwargs)):
-            return super().forward(
-                hidden_states,
-                attention_mask,
-                encoder_hidden_states,
-                encoder_attention_mask,
-                timestep,
-                cross_attention_kwargs,
-                class_labels,
-                added_cond_kwargs,
-                **kwargs,
-            )
-        own = self._modules
-        context = encoder_hidden_states if self.only_cross_attention else None
-        h = _attend(own["attn1"], own["norm1"], hidden_states, context, attention_mask, more)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given = dict(zip(_TRANSFORMER_ARGUMENTS[1:], args, strict=False)) | kwargs
+        more = given.get("cross_attention_kwargs") or {}
+        if self._unsupported(self._call(hidden_states, more, given)):
+            return super().forward(hidden_states, *args, **kwargs)
+        own, context = self._modules, given.get("encoder_hidden_states")
+        known = context if self.only_cross_attention else None
+        h = _attend(own["attn1"], own["norm1"], hidden_states, known, given.get("attention_mask"), more)
         if own.get("attn2") is not None:
-            h = _attend(own["attn2"], own["norm2"], h, encoder_hidden_states, encoder_attention_mask, more)
-        return _feed_forward(own["ff"], layers.layer_norm(own["norm3"], h), h)
+            h = _attend(own["attn2"], own["norm2"], h, context, given.get("encoder_attention_mask"), more)
+        return _feed_forward(own["ff"], recompute.layer_norm(own["norm3"], h), h)
 
-    def _call(self, x: Tensor, more: dict[str, Any], kwargs: dict[str, Any]) -> str | None:
+    def _call(self, x: Tensor, more: dict[str, Any], given: dict[str, Any]) -> str | None:
         if self.norm_type != "layer_norm" or self.pos_embed is not None or x.dim() != 3:
             return f"a transformer block with norm_type={self.norm_type}"
         if self._chunk_size is not None:
             return "a feed-forward in chunks"
-        if kwargs or "gligen" in more:
-            return f"the argument {next(iter(kwargs), 'gligen')}"
+        unknown = [name for name in given if name not in _TRANSFORMER_ARGUMENTS]
+        if unknown or "gligen" in more:
+            return f"the argument {(*unknown, 'gligen')[0]}"
         norm2 = self._modules.get("norm2")
         return None if norm2 is None or checks.plain(norm2, nn.LayerNorm) else "norm2 of another kind"
 
@@ -223,22 +199,20 @@ def _attend(
     attn: nn.Module, norm: nn.LayerNorm, h: Tensor, context: Any, mask: Tensor | None, more: dict[str, Any]
 ) -> Tensor:
     """attn(norm(h), ...) + h."""
-    x = layers.layer_norm(norm, h)
+    x = recompute.layer_norm(norm, h)
     known = type(attn) is Attention and checks.bare(attn) and attn.call(h, context, mask, more) is None
     if known and not attn.residual_connection and attn.rescale_output_factor == 1:
         return attn.attend(x, context, h)
-    return attn(layers.now(x), encoder_hidden_states=context, attention_mask=mask, **more) + h
+    return attn(x.now(), encoder_hidden_states=context, attention_mask=mask, **more) + h
 
 
-def _feed_forward(ff: nn.Module, x: Tensor | Later, h: Tensor) -> Tensor:
+def _feed_forward(ff: nn.Module, x: Later, h: Tensor) -> Tensor:
     """ff(x) + h."""
     if type(ff) is attention.FeedForward and checks.bare(ff) and len(ff.net) == 3:
         gate, dropout, last = ff.net._modules.values()
-        if type(gate) is GEGLU and checks.bare(gate) and not checks.active(dropout):
-            projected = layers.linear(gate.proj, x)
-            grad = torch.is_grad_enabled()
-            return layers.linear_add(last, recompute.geglu(projected) if grad else cnkernels.geglu(projected), h)
-    return ff(layers.now(x)) + h
+        if type(gate) is activations.GEGLU and checks.bare(gate) and not checks.active(dropout):
+            return layers.linear_add(last, recompute.geglu(layers.linear(gate.proj, x)), h)
+    return ff(x.now()) + h
 
 
 class Transformer2DModel(Block, transformer_2d.Transformer2DModel):
@@ -255,33 +229,27 @@ class Transformer2DModel(Block, transformer_2d.Transformer2DModel):
         return transformer_2d.Transformer2DModelOutput(sample=hidden_states) if return_dict else (hidden_states,)
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
-        if checks.watched() or self._strange():
+        if self._unsupported():
             return super()._operate_on_continuous_inputs(hidden_states)
-        norm, proj = self._modules["norm"], self._modules["proj_in"]
-        known = checks.plain(proj, nn.Linear) or checks.pointwise(proj)
-        if known and torch.is_grad_enabled():
-            later = recompute.group_norm_silu(norm, hidden_states, activation=None)
-            rows = recompute.chain(later, recompute.LINEAR, proj.weight.flatten(1), proj.bias)
+        normed = recompute.group_norm_silu(self._modules["norm"], hidden_states, activation=None)
+        proj = self._modules["proj_in"]
+        if _is_projection(proj):
+            rows = recompute.chain(normed, recompute.LINEAR, proj.weight.flatten(1), proj.bias)
+        elif self.use_linear_projection:
+            rows = proj(layers.tokens(normed.now()))
         else:
-            image = layers.group_norm(norm, hidden_states)
-            if known:
-                rows = recompute.linear(layers.tokens(image), proj.weight.flatten(1), proj.bias)
-            elif self.use_linear_projection:
-                rows = proj(layers.tokens(image))
-            else:
-                rows = layers.tokens(proj(image))
+            rows = layers.tokens(proj(normed.now()))
         return rows, rows.shape[2]
 
-    def _get_output_for_continuous_inputs(
-        self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
-    ) -> Tensor:
-        proj = self.proj_out
-        known = checks.plain(proj, nn.Linear) or checks.pointwise(proj)
-        if checks.watched() or not known or hidden_states.dtype != residual.dtype or checks.replaced(self.SOURCES):
-            return super()._get_output_for_continuous_inputs(
-                hidden_states, residual, batch_size, height, width, inner_dim
-            )
+    def _get_output_for_continuous_inputs(self, hidden_states: Tensor, residual: Tensor, **sizes: int) -> Tensor:
+        proj, same = self.proj_out, hidden_states.dtype == residual.dtype
+        if checks.transformed() or not same or not _is_projection(proj) or checks.replaced(self.SOURCES):
+            return super()._get_output_for_continuous_inputs(hidden_states, residual, **sizes)
         return recompute.pixels_add(hidden_states, proj.weight.flatten(1), proj.bias, residual)
+
+
+def _is_projection(layer: nn.Module) -> bool:
+    return checks.plain(layer, nn.Linear) or checks.pointwise(layer)
 
 
 class ControlNetConditioningEmbedding(Block, controlnet.ControlNetConditioningEmbedding):
@@ -289,22 +257,18 @@ class ControlNetConditioningEmbedding(Block, controlnet.ControlNetConditioningEm
 
     def forward(self, conditioning: Tensor) -> Tensor:
         convs = [self.conv_in, *self.blocks, self.conv_out]
-        if checks.watched() or not all(map(checks.plain_conv, convs)) or self._strange():
+        if not all(map(checks.plain_conv, convs)) or self._unsupported():
             return super().forward(conditioning)
         if not torch.is_grad_enabled():
             weights = [p for conv in convs for p in conv._parameters.values() if p is not None]
             return memo.keep(self, [conditioning, *weights], lambda: self._encode(conditioning))
-        h: Tensor | Later = conditioning
-        for conv in convs:
-            if isinstance(h, Later):
-                h = recompute.chain(h, recompute.ConvProduct(conv.stride[0], conv.padding[0]), conv.weight, conv.bias)
-            else:
-                h = conv(h)
-            h = h if conv is convs[-1] else recompute.silu(h)
+        h = convs[0](conditioning)
+        for conv in convs[1:]:
+            h = layers.conv_of(conv, recompute.silu(h))
         return h
 
     def _encode(self, hint: Tensor) -> Tensor:
-        """diffusers' forward, of the first image of a batch of equal ones or the first half of two equal halves."""
+        """diffusers' forward. A batch of equal images, or of two equal halves (guidance), is encoded once."""
         if memo.keeps(hint) and not hint.is_meta:
             for count in (1, len(hint) // 2):
                 if 0 < count < len(hint) and len(hint) % count == 0:
@@ -315,24 +279,15 @@ class ControlNetConditioningEmbedding(Block, controlnet.ControlNetConditioningEm
 
 
 class GroupNorm(Block, nn.GroupNorm):
-    """The norm before the last convolution."""
+    """The norm before a model's last convolution."""
 
     SOURCES = checks.sources(nn.GroupNorm)
 
     def forward(self, input: Tensor) -> Tensor:
-        if checks.watched() or type(self.weight) is not nn.Parameter or checks.replaced(self.SOURCES):
+        if checks.transformed() or type(self.weight) is not nn.Parameter or checks.replaced(self.SOURCES):
             return super().forward(input)
         return layers.group_norm(self, input)
 
 
-SWAPS = {
-    cls.__mro__[2]: cls
-    for cls in (
-        ResnetBlock2D,
-        Attention,
-        GEGLU,
-        BasicTransformerBlock,
-        Transformer2DModel,
-        ControlNetConditioningEmbedding,
-    )
-}
+_BLOCKS = (ResnetBlock2D, Attention, BasicTransformerBlock, Transformer2DModel, ControlNetConditioningEmbedding)
+SWAPS = {cls.__mro__[2]: cls for cls in _BLOCKS}

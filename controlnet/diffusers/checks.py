@@ -1,4 +1,4 @@
-"""What a part of a model has to be for a fast forward to stand for its own: asked at every call, hence by look-ups."""
+"""Checks that a module is the ordinary one that a fast forward supports. They run at every call, so must be cheap."""
 
 import sys
 import types
@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-# Processors of softmax(scale * q k^T) v and no more, to whether `scale` is the attention's own and not D ** -0.5.
+# Processors that compute softmax(scale * q k^T) v alone: whether `scale` is the attention's attribute, not D ** -0.5.
 PROCESSORS = {
     attention_processor.AttnProcessor: True,
     attention_processor.AttnProcessor2_0: False,
@@ -25,7 +25,7 @@ _GLOBAL_HOOKS = [
 
 
 def sources(*owners: Any) -> list[tuple[Any, str, Any]]:
-    """The functions that a fast forward stands for, as their source has them: others replace them for a whole process.
+    """(owner, name, original function) of functions that others may replace for the whole process, for `replaced`.
 
     Args:
         owners: classes, for their forward, or (class or module, name).
@@ -35,7 +35,7 @@ def sources(*owners: Any) -> list[tuple[Any, str, Any]]:
 
 
 def _as_written(owner: Any, name: str) -> Any:
-    """What `is` nothing if it was replaced before."""
+    """The function as in the owner's source file; if it was replaced before, an object that equals no function."""
     function = getattr(owner, name)
     if not isinstance(function, types.FunctionType):  # built in
         return function
@@ -43,15 +43,15 @@ def _as_written(owner: Any, name: str) -> Any:
 
 
 def replaced(functions: list[tuple[Any, str, Any]]) -> str | None:
-    """The first that was replaced, in words."""
+    """A replaced function or hooks on all modules, in words, for which diffusers' forward must run; None without."""
     for owner, name, written in functions:
         if getattr(owner, name) is not written:
             return f"a patched {owner.__name__}.{name}"
     return "hooks on all modules" if any(_GLOBAL_HOOKS) else None
 
 
-def watched() -> bool:
-    """Whether a tracer, functorch or forward-mode derivatives look on, which follow PyTorch's own operations alone."""
+def transformed() -> bool:
+    """Whether torch.jit.trace, functorch or forward-mode derivatives are active: they need PyTorch's own operations."""
     if torch.compiler.is_compiling():
         return False
     traced = torch._C._is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
@@ -61,17 +61,12 @@ def watched() -> bool:
 def bare(module: nn.Module) -> bool:
     """Whether calling the module is calling its class's forward: no hooks, no forward of its own."""
     own = module.__dict__
-    return not (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-    )
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return not hooks and "forward" not in own
 
 
 def plain(module: nn.Module | None, cls: type[nn.Module]) -> bool:
-    """Whether the module is no more than torch's `cls`, on ordinary parameters."""
+    """Whether the module is of exactly this class, without hooks, and its weight an ordinary parameter."""
     if type(module) is not cls or not bare(module):
         return False
     weight = module._parameters.get("weight")
@@ -79,7 +74,7 @@ def plain(module: nn.Module | None, cls: type[nn.Module]) -> bool:
 
 
 def plain_conv(conv: nn.Module | None, cls: type[nn.Module] = nn.Conv2d) -> bool:
-    """Whether the convolution is one with zeros around, the same in both dimensions."""
+    """Whether the convolution pads with zeros, and stride and padding are the same in both dimensions."""
     if not plain(conv, cls) or "_conv_forward" in conv.__dict__ or conv.padding_mode != "zeros":
         return False
     square = type(conv.padding) is tuple and conv.padding[0] == conv.padding[1] and conv.stride[0] == conv.stride[1]
@@ -87,34 +82,32 @@ def plain_conv(conv: nn.Module | None, cls: type[nn.Module] = nn.Conv2d) -> bool
 
 
 def pointwise(conv: nn.Module | None, cls: type[nn.Module] = nn.Conv2d) -> bool:
+    """Whether the convolution is a linear layer of each pixel."""
     return plain_conv(conv, cls) and conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0)
 
 
 def strange(block: nn.Module, children: Sequence[tuple[str, type[nn.Module]]]) -> str | None:
-    """The first of the block's children that is not plain, in words."""
+    """A description of the first child that is not `plain`; None if all are."""
     for name, cls in children:
         child = block._modules.get(name)
+        if type(child) is not cls:
+            return f"{name} of the class {type(child).__name__}"
         if not plain(child, cls):
-            kind = type(child).__name__
-            return (
-                f"{name} of the class {kind}"
-                if type(child) is not cls
-                else f"{name}, a {kind} with hooks or weights of another kind"
-            )
+            return f"{name}, a {cls.__name__} with hooks or weights of another kind"
     return None
 
 
 def active(dropout: nn.Module) -> bool:
+    """Whether the layer changes its input: dropout in training, or another module in its place."""
     return not (type(dropout) is nn.Dropout and bare(dropout) and (dropout.p == 0 or not dropout.training))
 
 
 def warn(block: nn.Module, reason: str) -> None:
-    """Says once for each reason and model which block runs diffusers' own code."""
+    """Warns that the block runs diffusers' own code, once for each reason and model."""
     shared = block.__dict__.get("_cn")
     if torch.compiler.is_compiling() or shared is None or reason in shared.warned:
         return
     shared.warned.add(reason)
     name = block.__dict__.get("_cn_name", "")
-    warnings.warn(
-        f"{name}: {reason} is not served by the fast path; diffusers' own code computes such blocks", stacklevel=4
-    )
+    text = f"{name}: {reason} is not served by the fast path; diffusers' own code computes such blocks"
+    warnings.warn(text, stacklevel=4)

@@ -1,4 +1,4 @@
-"""A ControlNet's exits, one operation with their scales: what is done around diffusers' forward, by two hooks."""
+"""A ControlNet's zero convolutions and their scales as one operation; hooks replace them in diffusers' forward."""
 
 import inspect
 import math
@@ -14,23 +14,13 @@ from controlnet.diffusers import checks
 from controlnet.inference.graph import Recorder, StepGraph
 from controlnet.model.scales import Scale, check_scale, controlled
 
-# Of ControlNetModel.forward, from the fifth on.
-_ARGUMENTS = (
-    "conditioning_scale",
-    "class_labels",
-    "timestep_cond",
-    "attention_mask",
-    "added_cond_kwargs",
-    "cross_attention_kwargs",
-    "guess_mode",
-    "return_dict",
-)
+_ARGUMENTS = tuple(inspect.signature(controlnet.ControlNetModel.forward).parameters)[1:]  # without self
 
 
 class _State(threading.local):
-    """Of the ControlNet whose forward runs in this thread."""
+    """State of the ControlNet whose forward runs in this thread."""
 
-    scales: Sequence[Scale] | None = None  # of the exits, which let their inputs through until the end
+    scales: Sequence[Scale] | None = None  # of the zero convolutions, if they return their inputs until `leave`
     skip = False  # all scales are 0
 
 
@@ -39,19 +29,19 @@ _SOURCES = checks.sources(nn.Conv2d, (nn.Conv2d, "_conv_forward"))
 
 
 def skipping() -> bool:
-    """Whether the results of the blocks that run now will not be read."""
+    """Whether nobody will read the results of the blocks that run now."""
     return _state.skip
 
 
 class ZeroConv(nn.Conv2d):
-    """A zero convolution, which `leave` computes together with the others."""
+    """A zero convolution that `leave` computes, together with the others."""
 
     def forward(self, input: Tensor) -> Tensor:
         return input if _state.scales is not None else super().forward(input)
 
 
 class _Through:
-    """x * _Through() is x: the scale that diffusers' forward multiplies by."""
+    """A scale for diffusers' forward to multiply by: x * _Through() is x."""
 
     def __rmul__(self, x: Tensor) -> Tensor:
         return x
@@ -62,7 +52,7 @@ def _convs(model: nn.Module) -> list[nn.Module]:
 
 
 def enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-    """A forward pre-hook: takes the scale from the arguments, and the exits' convolutions from the forward."""
+    """A forward pre-hook that takes the scales from the arguments, and the zero convolutions from the forward."""
     if torch.compiler.is_compiling() or isinstance(model.__dict__.get("forward"), Stepper):
         return None
     return _begin(model, args, kwargs)
@@ -71,14 +61,11 @@ def enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
     _state.scales, _state.skip = None, False
     convs = _convs(model)
-    if (
-        checks.watched()
-        or checks.replaced(_SOURCES)
-        or model.config.global_pool_conditions
-        or not all(checks.pointwise(conv, ZeroConv) for conv in convs)
-    ):
+    if checks.transformed() or checks.replaced(_SOURCES) or model.config.global_pool_conditions:
         return None
-    kwargs = kwargs | dict(zip(_ARGUMENTS, args[4:], strict=False))
+    if not all(checks.pointwise(conv, ZeroConv) for conv in convs):
+        return None
+    kwargs = kwargs | dict(zip(_ARGUMENTS[4:], args[4:], strict=False))
     scale, guess = kwargs.pop("conditioning_scale", 1.0), kwargs.pop("guess_mode", False)
     x = args[0] if args else kwargs.get("sample")
     if not isinstance(scale, (int, float, Tensor)) or not isinstance(x, Tensor):
@@ -96,7 +83,7 @@ def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 
 def leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """A forward hook, called after errors, too: the exits of what came out, unless `enter` left them in."""
+    """A forward hook that computes the zero convolutions which `enter` took out. Runs after errors, too."""
     if torch.compiler.is_compiling():
         return None
     scales, _state.scales, _state.skip = _state.scales, None, False
@@ -110,22 +97,27 @@ def leave(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
 
 
 class Stepper:
-    """The forward of a model whose steps are CUDA graphs, the ControlNet's exits in them."""
+    """Replaces the forward of a model by CUDA graphs. A ControlNet's graphs hold its zero convolutions.
+
+    Attributes:
+        eager: calls run without a graph while it is set.
+    """
+
+    COPIED = {
+        "numbers": ["timestep"],
+        "scales": ["conditioning_scale"],
+        "lora_scale": ["cross_attention_kwargs", "scale"],
+    }
+    eager = False
 
     def __init__(self, model: nn.Module, recorder: Recorder | None = None):
         self._model = model
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
-        self.graph = StepGraph(
-            self._whole,
-            model,
-            numbers=("timestep",),
-            scales=("conditioning_scale",),
-            lora_scale=("cross_attention_kwargs", "scale"),
-            recorder=recorder,
-        )
+        self.graph = StepGraph(self._whole, model, recorder=recorder, **self.COPIED)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.graph(**dict(zip(self._names, args, strict=False)), **kwargs)
+        kwargs |= dict(zip(self._names, args, strict=False))
+        return self._whole(**kwargs) if self.eager else self.graph(**kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Stepper, (self._model,)

@@ -1,6 +1,6 @@
-"""Layers of diffusers' blocks, computed by cnkernels where they are plain, and called as the modules they are if not.
+"""Layers of diffusers' blocks: ordinary ones are computed by cnkernels, any other is called as a module.
 
-Where gradients flow, layers are chained as in `cnkernels.recompute`, which saves less for backward.
+With gradients, layers are chained by `cnkernels.recompute`, which saves less for backward.
 """
 
 import threading
@@ -26,28 +26,20 @@ def norm_conv(
     norm: nn.GroupNorm, conv: nn.Module, x: Tensor, addend: Tensor | None, dropout: nn.Module | None
 ) -> Tensor:
     """conv(dropout(silu(norm(x + addend[:, :, None, None])))); no dropout for None."""
-    own = norm._parameters
-    if torch.is_grad_enabled() and dropout is None and checks.plain_conv(conv):
-        later = recompute.group_norm_silu(norm, x, addend)
-        return recompute.chain(later, recompute.ConvProduct(conv.stride[0], conv.padding[0]), conv.weight, conv.bias)
-    h = cnkernels.group_norm_silu(x, norm.num_groups, own["weight"], own["bias"], norm.eps, "silu", addend)
-    return conv(h if dropout is None else dropout(h))
+    normed = recompute.group_norm_silu(norm, x, addend)
+    return conv_of(conv, normed) if dropout is None else conv(dropout(normed.now()))
 
 
-def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor | Later:
-    if torch.is_grad_enabled():
-        return recompute.layer_norm(norm, x)
-    own = norm._parameters
-    return F.layer_norm(x, norm.normalized_shape, own["weight"], own["bias"], norm.eps)
-
-
-def now(x: Tensor | Later) -> Tensor:
-    return x.now() if isinstance(x, Later) else x
+def conv_of(conv: nn.Module, x: Later) -> Tensor:
+    if not checks.plain_conv(conv):
+        return conv(x.now())
+    own = conv._parameters
+    return recompute.chain(x, recompute.ConvProduct(conv.stride[0], conv.padding[0]), own["weight"], own["bias"])
 
 
 def linear(layer: nn.Module, x: Tensor | Later) -> Tensor:
     if not checks.plain(layer, nn.Linear):
-        return layer(now(x))
+        return layer(x.now() if isinstance(x, Later) else x)
     own = layer._parameters
     return recompute.chain(x, recompute.LINEAR, own["weight"], own["bias"])
 
@@ -78,11 +70,11 @@ def image(rows: Tensor, like: Tensor) -> Tensor:
 
 
 class Shared:
-    """What the blocks of one model have in common.
+    """State that the blocks of one model share.
 
     Attributes:
-        warned: the reasons for which a block ran diffusers' own code, each said once.
-        blocks: those that read the timestep embedding by their `time_emb_proj`.
+        warned: the reasons for which a block ran diffusers' own code and that were warned of.
+        blocks: those with a `time_emb_proj` of the timestep embedding.
     """
 
     def __init__(self, blocks: Sequence[nn.Module] = ()):
@@ -94,26 +86,24 @@ class Shared:
         return Shared, (), {"blocks": self.blocks}
 
     def projection(self, block: nn.Module, temb: Tensor) -> Tensor:
-        """The block's time_emb_proj of silu(temb), [N, D] -> [N, C]; without gradients all blocks' are one product."""
-        if memo.keeps(temb) and not temb.is_inference():
+        """The block's time_emb_proj of silu(temb), [N, D] -> [N, C]. Without gradients, one product for all blocks."""
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or temb.is_inference()):
+            state = temb._version, memo.keeps(temb)  # what was computed before a recording is not a part of it
             latest = getattr(self._latest, "rows", None)
-            if latest is None or latest[0] is not temb or latest[1] != temb._version:
-                latest = self._latest.rows = (temb, temb._version, self._project(temb))
+            if latest is None or latest[0] is not temb or latest[1] != state:
+                latest = self._latest.rows = (temb, state, self._project(temb))
             row = latest[2].pop(block, None)
             if row is not None:
                 return row
         return linear(block.time_emb_proj, temb if block.skip_time_act else F.silu(temb))
 
     def _project(self, temb: Tensor) -> dict[nn.Module, Tensor]:
-        blocks, weights, biases = [], [], []
-        for block in self.blocks:
-            layer = block._modules.get("time_emb_proj")
-            if checks.plain(layer, nn.Linear) and layer.bias is not None and not block.skip_time_act:
-                blocks.append(block)
-                weights.append(layer._parameters["weight"])
-                biases.append(layer._parameters["bias"])
-        if not blocks:
+        """The rows of all blocks whose projection is an ordinary layer."""
+        layers = {block: block._modules.get("time_emb_proj") for block in self.blocks if not block.skip_time_act}
+        layers = {b: m for b, m in layers.items() if checks.plain(m, nn.Linear) and m.bias is not None}
+        if not layers or (temb.is_cuda and torch.cuda.is_current_stream_capturing() and not memo.keeps(temb)):
             return {}
+        weights, biases = ([m._parameters[name] for m in layers.values()] for name in ("weight", "bias"))
         weight, bias = memo.keep(self, weights + biases, lambda: (torch.cat(weights), torch.cat(biases)))
         rows = recompute.linear(F.silu(temb), weight, bias)
-        return dict(zip(blocks, torch.split_with_sizes_copy(rows, [len(w) for w in weights], dim=1), strict=True))
+        return dict(zip(layers, torch.split_with_sizes_copy(rows, [len(w) for w in weights], dim=1), strict=True))

@@ -132,7 +132,7 @@ def checkpointing(base, control, monkeypatch):
 
 
 def xformers(base, control, monkeypatch):
-    """What `enable_xformers_memory_efficient_attention` sets; a stand-in has the function where the package is absent."""
+    """What the flag sets: xformers' processor, on a stand-in for its function where the package is absent."""
 
     def attend(query, key, value, attn_bias=None, op=None, scale=None):
         assert attn_bias is None

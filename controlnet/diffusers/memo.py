@@ -1,4 +1,4 @@
-"""Results that are kept from one step of a denoising loop to the next, while what they were computed from stays."""
+"""Keeps results from one step of a denoising loop to the next, as long as their inputs and weights stay the same."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -13,16 +13,16 @@ Result = TypeVar("Result")
 
 
 def forget() -> None:
-    """Drops what accelerated models keep between steps, everywhere.
+    """Drops everything that accelerated models keep between steps.
 
-    To be called after a write that PyTorch does not count: through `.data` into the same memory. diffusers' EMAModel
-    and its fuse_lora and unfuse_lora, which write so, call it by themselves.
+    Call it after a write that PyTorch does not count: through `.data` into the same memory. diffusers' EMAModel,
+    fuse_lora and unfuse_lora write so, and call it themselves from the first `accelerate` on.
     """
     Static.forgotten += 1
 
 
 def keeps(x: Tensor) -> bool:
-    """Whether results may be kept now: not for gradients, nor for who records operations to run them again later."""
+    """Whether results may be kept now: not with gradients, nor where operations are recorded to run again later."""
     if Static.active() is not None:
         return True
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
@@ -31,11 +31,17 @@ def keeps(x: Tensor) -> bool:
 
 
 def keep(owner: nn.Module, tensors: Sequence[Tensor], compute: Callable[[], Result]) -> Result:
-    """compute(), or what it gave the last time for this owner, if `tensors` are the same and were not written to.
+    """Returns compute(), or the owner's previous result if `tensors` are the same and were not written to since.
 
-    A tensor is the same if it is the same view of the same storage and its version counter stands where it stood. What
-    is kept is one tuple, read and written as a whole, so threads may share the owner. Storages are held weakly: their
-    memory can be freed, while no other storage can take their identity.
+    Args:
+        owner: the module that the result is stored in.
+        tensors: all that the result depends on: inputs and weights. A tensor is the same if it is the same view of the
+            same storage with the same version counter.
+        compute: computes the result.
+
+    Notes:
+        An entry is one tuple, read and replaced as a whole, so threads may share the owner. It holds storages weakly:
+        their memory can be freed, but no other storage can take their identity.
     """
     static = Static.active()
     if static is not None:

@@ -12,6 +12,8 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 
 import controlnet
+from benchmarks.device_free import OperationCounter
+from cnkernels import onednn
 from tests.controlnet.diffusers_models import CONTEXT, SMALL, fused, unet
 from tests.controlnet.diffusers_models import controlnet as control_model
 from tests.controlnet.test_accelerate import X, exact, inputs, step
@@ -246,6 +248,23 @@ def test_saved_bytes_of_a_training_step():
     control = control_model(base).train()
     theirs = saved(base, control)
     assert saved(*map(controlnet.accelerate, (base, control))) <= 0.75 * theirs
+
+
+@pytest.mark.skipif(not onednn.serves(torch.zeros(1)), reason="elsewhere a residual is an addition of its own")
+@pytest.mark.parametrize("variant", ["sd15", "sdxl"])
+@torch.no_grad()
+def test_operations_of_a_first_step(variant):
+    """At most 0.65 of diffusers', views left out. Nothing is kept where a mode looks on, as at a first step."""
+
+    def operations(*both):
+        with OperationCounter() as counter:
+            step(*both)
+        return sum(counter.counts.values())
+
+    base = unet(variant)
+    control = control_model(base)
+    theirs = operations(base, control)
+    assert operations(*map(controlnet.accelerate, (base, control))) <= 0.65 * theirs
 
 
 def test_a_multi_controlnet_and_a_pipeline_share_models():

@@ -84,7 +84,7 @@ def _packed_backward(dout, q, k, v, out, lse, scale, need):
 
 
 def _differentiable_backward(*arguments):
-    return register.needed(reference.attention_bwd(*arguments), arguments[-1])
+    return register.keep_requested(reference.attention_bwd(*arguments), arguments[-1])
 
 
 def _fake_backward(dout, q, k, v, out, lse, scale, need):

@@ -102,7 +102,7 @@ def _packed_backward(dy, x, groups, weight, bias, mean, rstd, activation, addend
 def _differentiable_backward(dy, x, groups, weight, bias, mean, rstd, activation, addend, need):
     mean, rstd = reference.statistics_as_functions(x, groups, addend, rstd)
     gradients = reference.group_norm_silu_bwd(dy, x, groups, weight, bias, mean, rstd, activation, addend, need)
-    return register.needed(gradients, need)
+    return register.keep_requested(gradients, need)
 
 
 def _fake_backward(dy, x, groups, weight, bias, mean, rstd, activation, addend, need):

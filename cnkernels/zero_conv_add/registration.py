@@ -230,7 +230,7 @@ def _packed_backward(dout, x, weight, bias, scale, factor, channels_last, need):
 
 def differentiable_backward(dout, x, weight, bias, scale, factor, channels_last, need):
     call = backward_call_of(dout, x, weight, bias, scale, factor, channels_last, need)
-    return register.needed(as_parameters(reference.zero_conv_add_bwd(*call), call[2], scale, need), need)
+    return register.keep_requested(as_parameters(reference.zero_conv_add_bwd(*call), call[2], scale, need), need)
 
 
 def fake_backward(dout, x, weight, bias, scale, factor, channels_last, need):

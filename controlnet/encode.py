@@ -11,6 +11,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing.errors import record
+
 from controlnet.common import command
 from controlnet.common.extras import quiet_libraries
 from controlnet.training.encoding import encode
@@ -23,6 +25,7 @@ python -m controlnet.train --config controlnet/configs/sd15_seg.yaml data.train.
 """
 
 
+@record
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command.parser("controlnet.encode", __doc__.split("\n")[0], EXAMPLES)
     parser.add_argument("--config", required=True, help=f"YAML file; shipped are {', '.join(command.shipped())}")

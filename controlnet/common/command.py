@@ -1,8 +1,42 @@
-"""Helpers for command lines: help with examples, the shipped configurations, and `key=value` settings."""
+"""Helpers for command lines: help with examples, shipped configurations, `key=value` settings, the last message."""
 
 import argparse
+import contextlib
+import json
+import os
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        fail(f"{self.prog}: error: {message}", 2)
+
+
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Ends the process with a message on standard error.
+
+    Of the ranks of a job, torchrun prints a traceback of its own after that message, and as its last words what the
+    first rank to fail left in the file TORCHELASTIC_ERROR_FILE: the message once more.
+    """
+    leave(message)
+    if status == 1:
+        sys.exit(message)  # which prints it
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def leave(message: str) -> None:
+    """Leaves the message for torchrun, in the form of its own `record`; does nothing without torchrun."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):  # it was said; the file is a courtesy
+            Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8")
 
 
 def shipped() -> list[str]:
@@ -15,7 +49,7 @@ def shipped() -> list[str]:
 
 def parser(module: str, description: str, examples: str) -> argparse.ArgumentParser:
     """Makes a parser whose --help ends with the examples, not rewrapped."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"python -m {module}",
         description=description,
         epilog="examples:\n" + "\n".join("  " + line for line in examples.strip().splitlines()),

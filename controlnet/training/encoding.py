@@ -5,7 +5,6 @@ import itertools
 import json
 import logging
 import os
-import sys
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from controlnet import build, config
+from controlnet.common import command
 from controlnet.data import DataError, ImageShards, cached
 from controlnet.data.samples import Decoded
 from controlnet.training.distributed import RankError, World, start
@@ -195,7 +195,7 @@ def encode(config_file: str | Path, output: Path, overrides: Sequence[str] = (),
         world.gather(None)  # until every rank has written its shards
         count = world.on_first(encoder.finish)
     except (ValueError, OSError, ImportError, RankError) as error:
-        sys.exit(f"error: {error}")
+        command.fail(f"error: {error}")
     if world.is_first:
         _report(encoder.tree, count, output)
     world.close()

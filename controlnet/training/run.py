@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import signal
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from controlnet import build, config
+from controlnet.common import command
 from controlnet.common.extras import require
 from controlnet.config import ConfigError
 from controlnet.config.rules import seconds
@@ -176,25 +176,26 @@ def run(config_file: str | Path, overrides: Sequence[str] = ()) -> None:
             trainer.resume()
         except (ValueError, OSError, ImportError, RankError) as error:
             # Bad input, found before training: its message says all, a traceback would hide it.
-            sys.exit(f"error: {error}")
+            command.fail(f"error: {error}")
         if world.is_first:
             _announce(trainer)
         try:
             stopped = trainer.fit()
         except Interrupted:
             saved = f"step {trainer.saved_step} is saved" if trainer.saved_step else "nothing was trained yet"
-            logger.warning("stopped by %s while the training step was compiled; %s", stop.reason, saved)
-            sys.exit(128 + stop.signal)
+            message = f"stopped by {stop.reason} while the training step was compiled; {saved}"
+            command.fail(message, 128 + stop.signal)
         except RankError as error:
             saved = f"step {trainer.saved_step} is saved" if trainer.saved_step else "no checkpoint was saved"
-            sys.exit(f"error: rank {world.rank} ends at step {trainer.step}: {error}; {saved} in {trainer.folder}")
+            command.fail(f"error: rank {world.rank} ends at step {trainer.step}: {error}; {saved} in {trainer.folder}")
         except OSError as error:  # the disk; see Trainer.save
-            sys.exit(f"error: {error}")
+            command.fail(f"error: {error}")
         finally:
             lock.release()
         world.close()
     if stopped:
-        logger.warning("stopped by %s; step %d is saved in %s", stop.reason, trainer.step, trainer.folder)
+        message = f"stopped by {stop.reason}; step {trainer.step} is saved in {trainer.folder}"
         if stop.signal is not None or not stop.requested:
-            sys.exit(128 + (stop.signal or signal.SIGTERM))
+            command.fail(message, 128 + (stop.signal or signal.SIGTERM))
+        logger.warning(message)
     logger.info("finished: step %d, %d images seen, in %s", trainer.step, trainer.images_seen, trainer.folder)

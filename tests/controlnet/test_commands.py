@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import controlnet
 from controlnet import __main__ as overview
@@ -83,6 +84,33 @@ def test_slips_of_the_pen(arguments, words, capsys):
     with pytest.raises(SystemExit):
         train.main(arguments)
     assert re.search(words, capsys.readouterr().err.replace("\n", " "))
+
+
+@pytest.mark.parametrize(
+    "arguments, words, status",
+    [
+        (["--config", "absent.yaml"], "error: .*absent.yaml", 1),
+        (["--config", "x.yaml", "model.seed"], "train: error: model.seed .*key=value", 2),
+    ],
+)
+def test_the_last_words_under_torchrun(arguments, words, status, tmp_path, monkeypatch):
+    """torchrun ends with a traceback of its own, whose last lines are what the first rank to fail left in a file."""
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    with pytest.raises(SystemExit):
+        train.main(arguments)
+    first = ProcessFailure(0, 1, status, str(file))
+    later = ProcessFailure(1, 2, -15, str(tmp_path / "none"))
+    later.timestamp += 1
+    *_, last, line = str(ChildFailedError("train", {0: first, 1: later})).splitlines()
+    assert set(line) == {"="} and re.search(f"traceback : .*{words}", last)
+
+
+def test_last_words_that_cannot_be_left_are_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "none" / "error.json"))
+    with pytest.raises(SystemExit) as caught:
+        command.fail("stopped by SIGTERM", 143)
+    assert caught.value.code == 143 and capsys.readouterr().err == "stopped by SIGTERM\n"
 
 
 def test_settings_stand_anywhere():

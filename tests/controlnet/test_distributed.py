@@ -244,7 +244,7 @@ def test_an_exception_on_one_rank_ends_the_job_with_an_error(tmp_path, environme
     process = torchrun(environment, tmp_path, "fail", "trainer.max_steps=1000")
     output, _ = process.communicate(timeout=240)
     assert process.returncode != 0
-    assert "no such sample" in output
+    assert "no such sample" in "".join(output.splitlines()[-3:])  # the last words, after torchrun's own traceback
     assert not (tmp_path / "result-rank0.pt").exists()
 
 

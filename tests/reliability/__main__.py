@@ -5,6 +5,10 @@
 A subject is a module of this folder with a function `campaign(rounds, seed)` that makes `rounds` faults from the seed
 and returns how often each outcome came: {"survived": 998, ...}. Outcomes named by FAILURES are defects; with one of
 them the exit status is 1, and `python -m tests.reliability --rounds N --seed S SUBJECT` makes the same faults again.
+
+    python -m tests.reliability fuzz --seconds N [TARGET ...]
+
+fuzzes the readers of files, guided by coverage: see `fuzz`.
 """
 
 import importlib
@@ -17,6 +21,7 @@ from pathlib import Path
 
 from cnkernels.progress import say
 from controlnet.common.command import parser as command_parser
+from tests.reliability import fuzz
 
 FAILURES = ("lost", "raised", "hung", "accepted damage", "grows")
 
@@ -30,6 +35,9 @@ def subjects() -> dict[str, object]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["fuzz"]:
+        return fuzz.main(argv[1:])
     parser = command_parser("tests.reliability", __doc__, "python -m tests.reliability --rounds 20 --seed 1 manifests")
     parser.add_argument("--rounds", type=int, default=100, help="faults of each subject")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random")

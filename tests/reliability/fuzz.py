@@ -23,7 +23,7 @@ from pathlib import Path
 CORPUS = Path(__file__).parent / "corpus"
 ROOT = Path(__file__).parents[2]
 LONGEST = 32768  # bytes of an input
-READERS = ["controlnet.tar", "controlnet.checkpoints", "controlnet.data"]
+READERS = ["controlnet.common.tar", "controlnet.checkpoints", "controlnet.data"]
 
 
 def corpus(name: str) -> Iterator[tuple[str, bytes]]:

@@ -13,6 +13,7 @@ from controlnet.checkpoints.errors import CheckpointError
 from controlnet.checkpoints.files import read_files
 from controlnet.checkpoints.layouts import MODELS, Contents
 from controlnet.checkpoints.sources import Source, resolve
+from controlnet.common import documents
 from controlnet.model.architecture import Architecture
 
 METADATA = "controlnet.heads"  # in a safetensors file that we wrote: what its shapes do not tell, as JSON
@@ -119,7 +120,7 @@ def _metadata_heads(path: Path) -> dict[str, dict[str, Any]]:
     try:
         stated = json.loads(text) if text else {}
         return {part: {key: int(value) for key, value in heads.items()} for part, heads in stated.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path}: its metadata {METADATA} is {text!r}; expected heads by part") from error
 
 
@@ -128,10 +129,16 @@ def _run_heads(config: Path) -> dict[str, dict[str, Any]]:
     import yaml  # comes with OmegaConf, as the run did
 
     try:
-        model = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
-        sections = {"unet": model["unet_config"], "control": model["control_stage_config"]}
-        return {part: {key: node[key] for key in _HEADS if key in node} for part, node in sections.items()}
-    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+        text = config.read_text(encoding="utf-8")
+        with documents.readable(text):
+            tree = yaml.safe_load(text)
+        nodes = {"unet": tree["model"]["unet_config"], "control": tree["model"]["control_stage_config"]}
+        heads = {part: {key: node[key] for key in _HEADS if node.get(key) is not None} for part, node in nodes.items()}
+        for number in (number for of_part in heads.values() for number in of_part.values()):
+            if type(number) is not int:
+                raise TypeError(f"{' or '.join(_HEADS)} is {number!r}")
+        return heads
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{config} is damaged; expected the training configuration: {error}") from error
 
 

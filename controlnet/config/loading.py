@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from controlnet.common import documents
 from controlnet.common.extras import require
 from controlnet.config import checks, rules
 from controlnet.config.references import resolve
@@ -16,8 +17,6 @@ from controlnet.config.stages import STAGES
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-_LARGEST_FILE = 2**20
 
 
 def load(path: str | PathLike, overrides: Iterable[str] = (), *, sections: Iterable[str] | None = None) -> "DictConfig":
@@ -44,7 +43,7 @@ def load(path: str | PathLike, overrides: Iterable[str] = (), *, sections: Itera
 def read(path: str | PathLike) -> dict[str, Any]:
     """Reads a YAML file as it stands, interpolations unresolved; raises as `load`."""
     _omegaconf()
-    if Path(path).stat().st_size > _LARGEST_FILE:
+    if Path(path).stat().st_size > documents.LARGEST:
         raise ConfigError(f"{path} has {Path(path).stat().st_size} bytes; expected a configuration, below 1 MiB")
     with _readable(f"{path} is not a YAML configuration"):
         return parse(Path(path).read_text(encoding="utf-8-sig"), path)
@@ -54,8 +53,8 @@ def parse(text: str, path: str | PathLike) -> dict[str, Any]:
     """`read` for the text of a file; `path` names it in errors."""
     omegaconf = _omegaconf()
     with _readable(f"{path} is not a YAML configuration"):
-        _check_size(text, path)
-        document = omegaconf.OmegaConf.load(io.StringIO(text))
+        with documents.readable(text):
+            document = omegaconf.OmegaConf.load(io.StringIO(text))
         if not isinstance(document, omegaconf.DictConfig):
             raise ConfigError(f"{path} holds a {type(document).__name__}; expected a mapping with a `model` section")
         return omegaconf.OmegaConf.to_container(document, resolve=False)
@@ -141,30 +140,6 @@ def _readable(what: str) -> Iterator[None]:
         raise ConfigError(f"{what}: {reason[:500]}") from error
 
 
-def _check_size(content: str, path: Any) -> None:
-    """Raises ConfigError for a document that contains itself, or that aliases make large."""
-    import yaml
-
-    root = yaml.compose(content, Loader=yaml.SafeLoader)
-    level, count = [root] if root is not None else [], 0
-    for _ in range(64):
-        count += len(level)
-        if not level:
-            return
-        if count > 10**6:
-            break
-        level = [child for node in level for child in _yaml_children(node)]
-    raise ConfigError(
-        f"{path} is nested more than 64 deep, or has more than a million values; expected a configuration"
-    )
-
-
-def _yaml_children(node: Any) -> list:
-    if not isinstance(node.value, list):
-        return []
-    return [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
-
-
 def _canonical_path(path: str) -> str:
     """Translates a dotted path to our layout: no `params`, `_target_` for `target`, data and optim at the top."""
     parts = [part for part in path.split(".") if part != "params"]
@@ -211,7 +186,8 @@ def _apply_override(given: "DictConfig", override: str) -> None:
     if not equals or not all(path.split(".")):
         raise ConfigError(f"override {override!r} is not of the form key.subkey=value")
     with _readable(f"override {override[:200]!r} cannot be applied"):
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value{override[len(key) :]}"]), resolve=False)
+        with documents.readable(override[len(key) + 1 :]):
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value{override[len(key) :]}"]), resolve=False)
         OmegaConf.update(given, path, _canonical_tree(value["value"]), merge=True, force_add=True)
 
 

@@ -9,8 +9,10 @@ headers of a shard are read first, which says exactly what is whole, and members
 from __future__ import annotations
 
 import glob
+import io
 import os
 import pickle
+import pickletools
 import re
 import warnings
 from collections import Counter
@@ -27,6 +29,7 @@ class DataError(ValueError):
 
 
 GIT_LFS = b"version https://git-lfs"  # the beginning of the placeholder of a file that Git LFS has not fetched
+_LARGEST_WDINFO = 1 << 28  # bytes; the names of a million shards take a quarter of it
 _LINK = -1  # in place of an offset
 Stamp = tuple[int, int, int, int]  # what tells a file from another that takes its name: device, inode, size, mtime
 
@@ -83,6 +86,16 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("it refers to an object outside the file")
 
 
+def _check_claims(data: bytes) -> None:
+    """UnpicklingError for a pickle that makes its reader allocate more than the file holds: by a string, a frame or an
+    entry of its memo that it only claims."""
+    if len(data) > _LARGEST_WDINFO:
+        raise pickle.UnpicklingError(f"it has more than {_LARGEST_WDINFO} bytes")
+    for opcode, argument, _ in pickletools.genops(data):
+        if (opcode.name == "FRAME" or "PUT" in opcode.name) and argument > len(data):
+            raise pickle.UnpicklingError(f"it claims {argument} where it has {len(data)} bytes")
+
+
 def read_wdinfo(path: str) -> tuple[list[str], int]:
     """Read one of NeMo's `wdinfo*.pkl` without executing anything that it contains.
 
@@ -95,7 +108,9 @@ def read_wdinfo(path: str) -> tuple[list[str], int]:
     expected = "a pickled dict {tar_files: [str], total_key_count: int, chunk_size: int}"
     try:
         with open(path, "rb") as file:
-            info = _PlainUnpickler(file).load()
+            data = file.read(_LARGEST_WDINFO + 1)
+        _check_claims(data)
+        info = _PlainUnpickler(io.BytesIO(data)).load()
     except OSError as error:
         raise DataError(f"data.train.dataset_path: cannot read {path}: {error.strerror}") from error
     except Exception as error:  # a damaged pickle can raise nearly any exception

@@ -311,6 +311,7 @@ def test_bad_override_is_one_clear_error(load, override, words):
     [
         ("- 1\n- 2\n", ["ListConfig", "mapping"]),
         ("model: {a: [", ["not a YAML"]),
+        *((f"a: !!{tag} ''", ["not a YAML", "kind that its tag names"]) for tag in ("int", "float", "timestamp")),
         ("model: {unet_config: {params: {a: 1}, a: 2}}", ["model.unet_config.a", "once"]),
         ("model: {optim: {lr: 1}}\noptim: {lr: 2}", ["optim", "model.optim"]),
         ("model: {first_stage_config: {factor: 4}}", ["first_stage_config", "_target_", "SpaceToDepth"]),
@@ -320,6 +321,12 @@ def test_bad_file_is_one_clear_error(load, text, words):
     with pytest.raises(ConfigError) as error:
         load(text)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("value", ["!!int ''", "!!timestamp x", "[" * 3000, "{a: 1, a"])
+def test_an_override_that_is_no_yaml_is_one_clear_error(load, value):
+    with pytest.raises(ConfigError, match="override 'trainer.max_steps=.* cannot be applied"):
+        load(NEMO, f"trainer.max_steps={value}")
 
 
 def test_missing_file():

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -120,6 +121,27 @@ def test_a_wdinfo_of_another_content_is_one_error(tmp_path, data):
     (tmp_path / "wdinfo.pkl").write_bytes(data)
     with pytest.raises(DataError, match=r"wdinfo\.pkl .*expected a pickled dict"):
         list_shards(["wdinfo.pkl"], root=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x04\x95" + (1 << 40).to_bytes(8, "little") + b"}.",  # a frame
+        b"}r" + (1 << 31).to_bytes(4, "little") + b".",  # the memo's number of an entry
+        b"}p2147483648\n.",
+        b"\x8d" + (1 << 40).to_bytes(8, "little") + b"a.",  # a text
+        b"\x96" + (1 << 40).to_bytes(8, "little") + b"a.",  # a bytearray
+    ],
+)
+def test_a_wdinfo_that_claims_more_than_it_holds_takes_no_memory(tmp_path, data):
+    (tmp_path / "wdinfo.pkl").write_bytes(data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"wdinfo\.pkl .*expected a pickled dict"):
+            list_shards(["wdinfo.pkl"], root=str(tmp_path))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_whole_samples_are_found_in_order(tmp_path):

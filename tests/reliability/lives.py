@@ -7,7 +7,6 @@ import gc
 import itertools
 import os
 import random
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,8 @@ from controlnet.training.metrics import Reporter
 from tests.controlnet import diffusers_models, tiny_run
 
 POINTS = 10  # at which a life is measured
-MOST_BYTES, MOST_OBJECTS = 2048, 1.0  # a turn; an activation kept by mistake is 32 KiB
+MOST_BYTES, MOST_OBJECTS = 2048, 0.5  # a turn; a tensor is an object
+ROOM = 8 << 20  # bytes that the allocator of a process takes at some time and keeps
 
 
 class Forgetful(tiny_run.Loader):
@@ -77,41 +77,56 @@ def switches(folder: Path, every: int) -> Iterator[None]:
 
 
 def measure() -> tuple[int, int, int]:
-    """Resident bytes, allocated blocks of Python's, open files."""
+    """Resident bytes, objects that Python's collector knows, open files.
+
+    Blocks of Python's memory say less: safetensors 0.8 keeps two integers of every tensor that it reads, and the
+    interpreter some blocks for each line that has run.
+    """
     gc.collect()
     with open("/proc/self/statm", encoding="ascii") as file:
         resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return resident, sys.getallocatedblocks(), len(os.listdir("/proc/self/fd"))
+    return resident, len(gc.get_objects()), len(os.listdir("/proc/self/fd"))
 
 
 def slopes(life: Callable[[Path, int], Iterator[None]], turns: int, warm_up: int) -> tuple[float, float, float]:
-    """Growth a turn of bytes, blocks and open files, by a line through POINTS measurements."""
+    """Growth a turn of bytes, objects and open files, by a line through POINTS measurements."""
     every = max(1, turns // POINTS)
     found = []
-    with tempfile.TemporaryDirectory() as folder:
-        lived = life(Path(folder), every)
-        for turn in range(warm_up + turns):
-            next(lived)
-            if turn >= warm_up and (turn - warm_up) % every == 0:
-                found.append((turn, *measure()))
-        lived.close()
+    gc.collect()
+    gc.freeze()  # what is there already is looked at no more, which would take most of the time
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            lived = life(Path(folder), every)
+            for turn in range(warm_up + turns):
+                next(lived)
+                if turn >= warm_up and (turn - warm_up) % every == 0:
+                    found.append((turn, *measure()))
+            lived.close()
+    finally:
+        gc.unfreeze()
     rows = np.array(found, dtype=np.float64)
     return tuple(float(np.polyfit(rows[:, 0], rows[:, i], 1)[0]) for i in (1, 2, 3))
 
 
+def grows(life: Callable[[Path, int], Iterator[None]], turns: int, warm_up: int) -> dict[str, bool]:
+    """Which of "memory", "objects" and "open files" a life takes more of from turn to turn."""
+    size, objects, files = slopes(life, turns, warm_up)
+    print(f"{life.__name__}, {turns} turns: {size:.0f} bytes, {objects:.2f} objects, {files:.2f} open files a turn")
+    memory = size > MOST_BYTES and size * turns > ROOM
+    return {"memory": memory, "objects": objects > MOST_OBJECTS, "open files": files > 0.01}
+
+
 # Turns of a round, and turns before the first measurement.
-LIVES = {steps: (10, 20), images: (2, 5), switches: (1, 3)}
+LIVES = {steps: (10, 20), images: (3, 5), switches: (2, 10)}
 
 
 def campaign(rounds: int, seed: int) -> dict[str, int]:
-    """`rounds` times the turns of each life: with 200, two thousand steps."""
+    """`rounds` times the turns of each life: with 200, 2000 steps, 600 images and 400 switches."""
     counts = {"flat": 0, "grows": 0}
     lives = list(LIVES.items())
     random.Random(seed).shuffle(lives)
     for life, (turns, warm_up) in lives:
-        size, blocks, files = slopes(life, turns * rounds, warm_up)
-        grown = {"memory": size > MOST_BYTES, "objects": blocks > MOST_OBJECTS, "open files": files > 0}
+        grown = grows(life, turns * rounds, warm_up)
         counts["grows"] += sum(grown.values())
         counts["flat"] += len(grown) - sum(grown.values())
-        print(f"{life.__name__}, {turns * rounds}: {size:.0f} bytes, {blocks:.2f} blocks, {files:.2f} files a turn")
     return counts

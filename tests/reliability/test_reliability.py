@@ -9,7 +9,7 @@ ROUNDS = {
     "checkpoint_files": 1500,
     "checkpoint_names": 150,
     "configurations": 100,
-    "lives": 5,
+    "lives": 3,
     "manifests": 300,
     "pictures": 1500,
     "shards": 1500,

@@ -89,8 +89,6 @@ class _PlainUnpickler(pickle.Unpickler):
 def _check_claims(data: bytes) -> None:
     """UnpicklingError for a pickle that makes its reader allocate more than the file holds: by a string, a frame or an
     entry of its memo that it only claims."""
-    if len(data) > _LARGEST_WDINFO:
-        raise pickle.UnpicklingError(f"it has more than {_LARGEST_WDINFO} bytes")
     for opcode, argument, _ in pickletools.genops(data):
         if (opcode.name == "FRAME" or "PUT" in opcode.name) and argument > len(data):
             raise pickle.UnpicklingError(f"it claims {argument} where it has {len(data)} bytes")
@@ -108,7 +106,10 @@ def read_wdinfo(path: str) -> tuple[list[str], int]:
     expected = "a pickled dict {tar_files: [str], total_key_count: int, chunk_size: int}"
     try:
         with open(path, "rb") as file:
-            data = file.read(_LARGEST_WDINFO + 1)
+            size = os.fstat(file.fileno()).st_size
+            if size > _LARGEST_WDINFO:
+                raise pickle.UnpicklingError(f"it has {size} bytes; expected at most {_LARGEST_WDINFO}")
+            data = file.read(size)
         _check_claims(data)
         info = _PlainUnpickler(io.BytesIO(data)).load()
     except OSError as error:

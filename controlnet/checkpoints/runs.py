@@ -32,6 +32,10 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network and user-space file systems cannot sync a folder, which is no fault of the checkpoint.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)):
+            raise
     finally:
         os.close(descriptor)
 
@@ -160,18 +164,33 @@ def write(
             files[name] = {"size": path.stat().st_size, "sha256": _digest(path)}
         _write_manifest(temporary / MANIFEST, {"format": FORMAT, "step": step, **facts, "files": files})
         _sync(temporary)
-        if final.exists():  # the run was taken up from an older step and came by here again
-            replaced = folder / f"{final.name}.old-{os.getpid()}"
-            os.replace(final, replaced)
-            os.replace(temporary, final)
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            os.replace(temporary, final)
+        _put_in_place(temporary, final)
         _sync(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    """Gives a whole checkpoint its name. What has that name stays until then, and gets it back when that fails.
+
+    Raises:
+        OSError: with the message of a full disk, where that is it.
+    """
+    replaced = final.with_name(f"{final.name}.old-{os.getpid()}")
+    exists = final.exists()  # the run was taken up from an older step and came by here again
+    try:
+        if exists:
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(final, replaced)
+        os.replace(temporary, final)
+    except OSError as error:
+        if exists and not final.exists():
+            os.replace(replaced, final)
+        raise _disk_error(error, temporary / MANIFEST, 0) from error
+    if exists:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _write_manifest(path: Path, tree: Mapping[str, Any]) -> None:

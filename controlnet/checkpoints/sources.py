@@ -157,7 +157,8 @@ def _shards(index: Path) -> list[Path]:
         raise CheckpointError(f"{index} is damaged; expected a mapping with weight_map: {error}") from error
     if not names or not plain:
         raise CheckpointError(f"{index} names {names[:4]}; expected the names of files beside it")
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    there = {path.name for path in index.parent.iterdir() if path.is_file()}  # a name may be longer than any file's
+    missing = [name for name in names if name not in there]
     if missing:
         raise CheckpointError(
             f"{index} names {len(names)} files, of which {len(missing)} are missing: {', '.join(missing[:4])}"

@@ -1,6 +1,7 @@
 """Puts a checkpoint's tensors into a U-Net or a ControlNet, and says what matched, what is new and what was unused."""
 
 import difflib
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 CONTROL_ONLY = ("zero_convs.", "input_hint_block.", "middle_block_out.")
 _LISTED = 8
+_MOST_COMPARED = 2000  # names, each in some 20 us; Stable Diffusion's U-Net has 686
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,8 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def near(name: str, known: Iterable[str], where: str) -> str:
     """ " (nearest in the file: NAME)" for a name that a slip of the hand may have made of another; "" without one."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8)
+    similar = (other for other in known if abs(len(other) - len(name)) <= len(name) // 2)
+    found = difflib.get_close_matches(name, itertools.islice(similar, _MOST_COMPARED), n=1, cutoff=0.8)
     return f" (nearest {where}: {found[0]})" if found else ""
 
 

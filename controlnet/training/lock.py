@@ -1,6 +1,7 @@
 """A lock on a run's folder: it names its owner, and a crash does not leave it locked."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 NAME = "run.lock"
+_WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # what file systems say that have none
 BEAT = 5.0  # seconds between the owner's signs of life, the file's modification time
 
 
@@ -76,14 +78,27 @@ class RunLock:
 
     def _create(self, own: dict[str, Any]) -> bool:
         """Creates the lock file atomically; returns False when it exists already."""
-        draft = self.path.with_name(f"{NAME}.{os.getpid()}")
-        draft.write_text(json.dumps(own) + "\n", encoding="utf-8")
+        draft, text = self.path.with_name(f"{NAME}.{os.getpid()}"), json.dumps(own) + "\n"
+        draft.write_text(text, encoding="utf-8")
         try:
             os.link(draft, self.path)
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in _WITHOUT_LINKS:
+                raise
+            return self._create_in_place(text)
         finally:
             os.unlink(draft)
+        return True
+
+    def _create_in_place(self, text: str) -> bool:
+        """`_create` on a file system without hard links, where another run may see the file before it is written."""
+        try:
+            with open(self.path, "x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            return False
         return True
 
     def _owner(self) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from controlnet import checkpoints
-from controlnet.checkpoints import CheckpointError, layouts, load_control, load_unet, nemo
+from controlnet.checkpoints import CheckpointError, layouts, load_control, load_unet, nemo, weights
 from controlnet.model.controlnet import ControlNet
 from controlnet.model.unet import UNet
 from tests.controlnet.tiny import randomised
@@ -367,3 +367,19 @@ def test_a_trained_control_without_a_zero_convolution_is_an_error(tmp_path):
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=r"zero_convs\.0\.0\.bias \[32\]"):
         load_control(control(), tmp_path / "x.safetensors")
+
+
+def test_the_nearest_name_is_looked_for_among_so_many(monkeypatch):
+    """Each comparison costs some 20 us, and a damaged file may have a hundred thousand names."""
+    compared = []
+
+    def close(name, known, **_):
+        compared.extend(known)
+        return compared[:1]
+
+    monkeypatch.setattr("difflib.get_close_matches", close)
+    assert (
+        weights.near("b" * 9, ("a" * (i % 100) for i in range(100_000)), "in the file")
+        == " (nearest in the file: aaaaa)"
+    )
+    assert 100 <= len(compared) <= 2000 and {len(name) for name in compared} == set(range(5, 14))

@@ -65,6 +65,8 @@ def test_a_folder_with_one_other_file_is_that_file(tmp_path):
 @pytest.mark.parametrize(("index", "pattern"), [
     ("[]", "damaged"), ('{"weight_map": {"a": "../x.safetensors"}}', "names of files beside it"),
     ('{"weight_map": {"a": "gone-1.safetensors"}}', r"names 1 files, of which 1 are missing: gone-1"),
+    (json.dumps({"weight_map": {"a": 300 * "x"}}), "names 1 files, of which 1 are missing: xxx"),
+    (json.dumps({"weight_map": {"a": "\ud800"}}), "names 1 files, of which 1 are missing: "),
     ('{"weight_map": {}}', "names of files beside it"), ("[" * 100_000, "damaged"),
     ('{"weight_map": {"a": 1}}', "damaged"),
 ])  # fmt: skip

@@ -7,12 +7,14 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from controlnet.checkpoints import runs
 from controlnet.training import checkpoint
 from controlnet.training.distributed import Interrupted, StopRequest
 from controlnet.training.lock import LockedError, RunLock
@@ -74,6 +76,21 @@ class TestLock:
         with pytest.raises(LockedError, match="in use by process .* on elsewhere"):
             RunLock(tmp_path, beat=1.0).acquire()
 
+    def test_on_a_file_system_without_hard_links(self, tmp_path, monkeypatch):
+        def link(*_):
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", link)
+        process = self.hold(tmp_path / "held")
+        with pytest.raises(LockedError, match=f"process {process.pid}"):
+            RunLock(tmp_path / "held").acquire()
+        process.communicate("\n")
+        lock = RunLock(tmp_path / "free")
+        lock.acquire()
+        assert json.loads(lock.path.read_text())["pid"] == os.getpid()
+        lock.release()
+        assert names(tmp_path / "free") == []
+
 
 class TestFullDisk:
     def run(self, folder, *overrides):
@@ -114,6 +131,37 @@ class TestFullDisk:
         line = next(record.getMessage() for record in caplog.records if "was not saved" in record.getMessage())
         assert "step 2 was not saved: [Errno 28] the disk is full:" in line and "MB are free" in line
         assert f"newest checkpoint on disk: {tmp_path}/checkpoints/step-00000001; training goes on" in line
+
+    @pytest.mark.parametrize("failing", [0, 1])
+    def test_a_disk_that_fills_at_the_very_last_leaves_the_checkpoint_of_the_same_step(
+        self, tmp_path, monkeypatch, failing
+    ):
+        before = runs.write(tmp_path, 1, {"x": lambda path: path.write_text("before")}, {})
+        replace, calls = os.replace, []
+
+        def full(*paths):
+            calls.append(paths)
+            if len(calls) == failing + 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            replace(*paths)
+
+        monkeypatch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match=r"the disk is full: 0.0 MB were written, .* are free"):
+            runs.write(tmp_path, 1, {"x": lambda path: path.write_text("after")}, {})
+        assert names(tmp_path) == [before.name]
+        assert runs.fault(before) is None and (before / "x").read_text() == "before"
+
+    def test_a_file_system_that_cannot_sync_folders(self, tmp_path, monkeypatch):
+        fsync = os.fsync
+
+        def sync(descriptor):
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EINVAL, "Invalid argument")
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", sync)
+        path = runs.write(tmp_path, 1, {"x": lambda path: path.write_text("abc")}, {})
+        assert runs.fault(path) is None
 
     def test_an_error_that_is_not_the_disks_is_raised(self, tmp_path, monkeypatch):
         def fails(*arguments, **options):

@@ -16,6 +16,7 @@ A checkpoint is a folder step-XXXXXXXX of
 import contextlib
 import functools
 import logging
+import pickle
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from controlnet import config
@@ -177,10 +179,24 @@ def read(path: Path, device: torch.device) -> dict[str, Any]:
     return torch.load(path, map_location=device, weights_only=True)
 
 
+# What reading a state raises that another program wrote, or another version of this one.
+_FOREIGN = (
+    KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError,
+    SafetensorError,
+)  # fmt: skip
+
+
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Puts the path before what a CheckpointError raised within it says."""
+    """Puts the path before what a CheckpointError raised within it says, and makes one of what foreign files raise."""
     try:
         yield
     except CheckpointError as error:
+        if str(path) in str(error):
+            raise
         raise CheckpointError(f"{path}: {error}") from error
+    except _FOREIGN as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{path} is complete, but not what this version of the package saves ({type(error).__name__}: {reason})"
+        ) from error

@@ -464,11 +464,12 @@ class Trainer:
                 f"{path} was saved by {ranks} ranks and {self.world.size} run now, which cannot go on with the same"
                 " noise and data; start as many, or set exp_manager.resume_with_other_world_size=True"
             )
-        checkpoint.load_model(self.model, path)
         with checkpoint.named(path):
+            checkpoint.load_model(self.model, path)
             self.load_state_dict(checkpoint.read(path / "state.pt", self.world.device))
             if self.average is not None:
                 self.average.load(checkpoint.read_average(self.model, path), self.average.updates)
-        if ranks != self.world.size:
-            return None
-        return self.load_rank_state_dict(checkpoint.read(path / f"rng-rank{self.world.rank}.pt", torch.device("cpu")))
+            if ranks != self.world.size:
+                return None
+            own = checkpoint.read(path / f"rng-rank{self.world.rank}.pt", torch.device("cpu"))
+            return self.load_rank_state_dict(own)

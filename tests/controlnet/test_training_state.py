@@ -1,12 +1,15 @@
 """Checkpoints: whole or absent, the newest complete one wins, and a resumed run is the same run to the bit."""
 
+import functools
 import json
+import pickle
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -291,3 +294,33 @@ class TestRefused:
         run.exp_manager.resume_with_other_world_size = True
         assert trainer.load(path) is None
         assert trainer.step == 1
+
+    @pytest.mark.parametrize(
+        "name, content",
+        [
+            ("control.safetensors", b"\xff" * 99),
+            ("state.pt", b"no pickle"),
+            ("state.pt", pickle.dumps(print)),
+            ("state.pt", {"step": 1}),
+            ("state.pt", []),
+            ("rng-rank0.pt", {"global": {}}),
+            ("rng-rank0.pt", {"global": {"python": 3, "numpy": [1] * 5}}),
+        ],
+    )
+    def test_one_that_is_complete_and_of_another_content(self, run, name, content):
+        """As another version of the package may have saved it: the manifest is right, what it names is not."""
+        run.exp_manager.resume_if_exists = True
+        trainer = tiny_run.trainer(run)
+        path = checkpoint.newest_complete(trainer.folder / "checkpoints")
+
+        def foreign(file):
+            if isinstance(content, bytes):
+                file.write_bytes(content)
+            else:
+                torch.save(content, file)
+
+        kept = {file.name: file.read_bytes() for file in path.iterdir() if file.name != checkpoint.MANIFEST}
+        writers = {other: functools.partial(Path.write_bytes, data=data) for other, data in kept.items()}
+        save(path.parent, 1, {**writers, name: foreign})
+        with pytest.raises(CheckpointError, match="step-00000001 is complete, but not what this version .* saves"):
+            trainer.resume()

@@ -9,6 +9,7 @@ from tests.reliability.__main__ import main
 from tests.reliability.targets import TARGETS, Defect, Target, attempt
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", TARGETS)
 def test_kept_inputs(name, tmp_path):
     target = TARGETS[name]

@@ -122,7 +122,7 @@ class Attention(Block, attention_processor.Attention):
             return "an attention mask"
         if kwargs and kwargs.keys() != {"temb"}:  # which the spatial norm alone reads
             return f"the attention arguments {', '.join(kwargs)}"
-        if any(getattr(self, name) is not None for name in ("spatial_norm", "norm_cross", "norm_q", "norm_k")):
+        if not (self.spatial_norm is self.norm_cross is self.norm_q is self.norm_k is None):
             return "an attention with norms of its own"
         group_norm = self.group_norm
         if group_norm is not None and not (x.dim() == 4 and checks.plain(group_norm, nn.GroupNorm)):

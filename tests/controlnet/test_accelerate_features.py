@@ -251,10 +251,10 @@ def test_saved_bytes_of_a_training_step():
 
 
 @pytest.mark.skipif(not onednn.serves(torch.zeros(1)), reason="elsewhere a residual is an addition of its own")
-@pytest.mark.parametrize("variant", ["sd15", "sdxl"])
+@pytest.mark.parametrize("variant, most", [("sd15", 0.65), ("sdxl", 0.67)])  # more of XL's are attention's projections
 @torch.no_grad()
-def test_operations_of_a_first_step(variant):
-    """At most 0.65 of diffusers', views left out. Nothing is kept where a mode looks on, as at a first step."""
+def test_operations_of_a_first_step(variant, most):
+    """As a share of diffusers', views left out. Nothing is kept where a mode looks on, as at a first step."""
 
     def operations(*both):
         with OperationCounter() as counter:
@@ -264,7 +264,7 @@ def test_operations_of_a_first_step(variant):
     base = unet(variant)
     control = control_model(base)
     theirs = operations(base, control)
-    assert operations(*map(controlnet.accelerate, (base, control))) <= 0.65 * theirs
+    assert operations(*map(controlnet.accelerate, (base, control))) <= most * theirs
 
 
 def test_a_multi_controlnet_and_a_pipeline_share_models():

@@ -113,11 +113,11 @@ def grows(life: Callable[[Path, int], Iterator[None]], turns: int, warm_up: int)
 
 
 # Turns of a round, and turns before the first measurement.
-LIVES = {steps: (10, 20), images: (5, 5), switches: (1, 10)}
+LIVES = {steps: (10, 20), images: (5, 5), switches: (5, 10)}
 
 
 def campaign(rounds: int, seed: int) -> dict[str, int]:
-    """`rounds` times the turns of each life: with 200, 2000 steps, 1000 images and 200 switches."""
+    """`rounds` times the turns of each life: with 200, 2000 steps, 1000 images and 1000 switches."""
     counts = {"flat": 0, "grows": 0}
     lives = list(LIVES.items())
     random.Random(seed).shuffle(lives)

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import device_free
+from cnkernels.check import eager
 from cnkernels.progress import say
 from cnkernels.zero_conv_add import group
 from controlnet.common.command import parser as command_parser
@@ -93,11 +94,6 @@ def _attention(q, k, v, scale):
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
-def _geglu(projected):
-    value, gate = projected.chunk(2, -1)
-    return value * F.gelu(gate)
-
-
 def _zero_conv_add(x, weight, bias, residual, scale, factor, out=None):
     y = F.conv2d(x, weight, bias)
     y = y if scale is None and factor == 1 else y * (factor if scale is None else scale.reshape(-1, 1, 1, 1))
@@ -112,7 +108,7 @@ def _zero_conv_add_group(xs, weights, biases, residuals, scales, given, factors,
 COMPOSITIONS: dict[str, Callable] = {
     "group_norm_silu": _group_norm,
     "attention": _attention,
-    "geglu": _geglu,
+    "geglu": eager.geglu,
     "zero_conv_add": _zero_conv_add,
     "zero_conv_add_group": _zero_conv_add_group,
 }

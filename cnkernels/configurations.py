@@ -30,7 +30,7 @@ class _State:
     asked: dict[str, list[dict[str, Any]]] | None = None
 
 
-_state = _State()
+state = _State()
 _planning: ContextVar[Configuration] = ContextVar("planning", default={})  # noqa: B039  (never changed in place)
 
 
@@ -46,9 +46,9 @@ def rule(name: str, candidates: Candidates) -> Callable[[Callable], Callable]:
         @functools.wraps(function)
         def configured(*arguments: Any, **keywords: Any) -> Any:
             own = function(*arguments, **keywords)
-            if _state.asked is not None:
+            if state.asked is not None:
                 others = dict.fromkeys((own, *candidates(own, *arguments, **keywords)))
-                _state.asked.setdefault(name, [dataclasses.asdict(other) for other in others])
+                state.asked.setdefault(name, [dataclasses.asdict(other) for other in others])
             return _replaced(own, _planning.get().get(name))
 
         return configured
@@ -63,23 +63,26 @@ def _replaced(own: Any, fields: Mapping[str, Any] | None) -> Any:
 
 
 @contextmanager
-def trying(configuration: Configuration) -> Iterator[None]:
-    """Plans that are made inside the block follow this configuration alone; `dispatch.trying` gives them own keys."""
-    before, _state.trial = _state.trial, configuration
+def trying(configuration: Configuration | None) -> Iterator[None]:
+    """Inside the block this configuration replaces measured ones; what it leaves out goes by rule. None is no trial.
+
+    Plans of a trial have keys of their own, by `dispatch.current`.
+    """
+    before, state.trial = state.trial, configuration
     try:
         yield
     finally:
-        _state.trial = before
+        state.trial = before
 
 
 @contextmanager
 def asked() -> Iterator[dict[str, list[dict[str, Any]]]]:
     """Collects, of each rule that a plan made inside the block asks, the fields of its answer and of the candidates."""
-    before, _state.asked = _state.asked, {}
+    before, state.asked = state.asked, {}
     try:
-        yield _state.asked
+        yield state.asked
     finally:
-        _state.asked = before
+        state.asked = before
 
 
 @contextmanager
@@ -99,8 +102,8 @@ def of_plan(module: str, function: str, arguments: tuple) -> AbstractContextMana
         function: such as "attention_fwd", whose first argument is the op's first; that of "attention_bwd" comes second.
         arguments: of the function.
     """
-    if _state.trial is not None:
-        return _following(_state.trial)
+    if state.trial is not None:
+        return _following(state.trial)
     op, _, suffix = function.rpartition("_")
     backend = module.rpartition(".")[2].removesuffix("_kernels")
     direction = {"fwd": "forward", "bwd": "backward"}[suffix]

@@ -53,13 +53,6 @@ CAPABILITIES = {
 @dataclass
 class _Choice:
     backend: str
-    configuration: configurations.Configuration | None = None
-
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(name, value)
-        if name != "key":  # worked out here, not at every call
-            tried = getattr(self, "configuration", None)
-            self.key = self.backend if tried is None else f"{self.backend} {tried}"
 
 
 def _initial_choice() -> str:
@@ -74,7 +67,8 @@ _choice = _Choice(_initial_choice())
 
 def current() -> str:
     """The backend in force: "auto", or the one that is forced; with the launch configuration that is tried, if any."""
-    return _choice.key
+    trial = configurations.state.trial
+    return _choice.backend if trial is None else f"{_choice.backend} {trial}"
 
 
 @contextmanager
@@ -97,17 +91,6 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _choice.backend = before
-
-
-@contextmanager
-def trying(configuration: configurations.Configuration | None) -> Iterator[None]:
-    """Inside the block this configuration replaces measured ones; what it leaves out goes by rule. None is no trial."""
-    before, _choice.configuration = _choice.configuration, configuration
-    try:
-        with configurations.trying(configuration):
-            yield
-    finally:
-        _choice.configuration = before
 
 
 def _triton_absent(device: torch.device) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import cnkernels
-from cnkernels import configurations, dispatch, plans, timing
+from cnkernels import configurations, plans, timing
 from cnkernels.check import eager, rule
 from cnkernels.check.guards import guarded
 from cnkernels.configurations import Configuration
@@ -56,7 +56,7 @@ def fastest(
 def _rules(run: Callable) -> dict[str, list[dict[str, Any]]]:
     """The rules that the plans of a run ask."""
     plans.forget()
-    with dispatch.trying({}), configurations.asked() as rules:
+    with configurations.trying({}), configurations.asked() as rules:
         run()
     return rules
 
@@ -96,7 +96,7 @@ def fault(call: Call, device: torch.device, backend: str, direction: str, config
     peer = of_tensors(eager.FUNCTIONS[call.op])
     upstream = torch.randn_like(peer(*inputs)) if direction == "backward" else None
     judge = rule.Eager(peer, inputs, upstream)
-    with cnkernels.backend(backend), dispatch.trying(configuration), guarded() as written_outside:
+    with cnkernels.backend(backend), configurations.trying(configuration), guarded() as written_outside:
         ours, again = (rule.results(of_tensors(call.function), inputs, upstream) for _ in range(2))
     if written_outside:
         return written_outside[0]

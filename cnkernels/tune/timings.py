@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import cnkernels
-from cnkernels import dispatch, findings, timing
+from cnkernels import configurations, dispatch, findings, timing
 from cnkernels.configurations import Configuration
 from cnkernels.tune import launches
 from cnkernels.tune.calls import Call
@@ -94,7 +94,7 @@ def _forward(
     function: Callable[..., Tensor], sets: list[list], backend: str, configuration: Configuration | None = None
 ) -> timing.Run:
     def run(i: int) -> Tensor:
-        with cnkernels.backend(backend), dispatch.trying(configuration), torch.no_grad():
+        with cnkernels.backend(backend), configurations.trying(configuration), torch.no_grad():
             return function(*sets[i])
 
     return run
@@ -114,7 +114,7 @@ def _backward(
     def run(i: int) -> tuple[Tensor, ...]:
         with cnkernels.backend(backend):
             output, upstream, leaves = recorded(i)
-            with dispatch.trying(configuration):
+            with configurations.trying(configuration):
                 return torch.autograd.grad(output, leaves, upstream, retain_graph=True)
 
     return run

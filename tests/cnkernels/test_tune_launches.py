@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cnkernels
-from cnkernels import cache, configurations, dispatch, findings, machine, timing
+from cnkernels import cache, configurations, findings, machine, timing
 from cnkernels.check import emulation
 from cnkernels.geglu.triton_common import Tile
 from cnkernels.launch import Launch
@@ -112,7 +112,7 @@ def test_candidates_that_are_slower_or_hardly_faster_change_nothing(own_cache, l
 
 @pytest.mark.parametrize("call", of_model("tiny", torch.float16, training=True), ids=str)
 def test_every_candidate_of_every_rule_keeps_the_accuracy_rule(call):
-    with cnkernels.backend("triton"), dispatch.trying({}), configurations.asked() as asked:
+    with cnkernels.backend("triton"), configurations.trying({}), configurations.asked() as asked:
         output = call.function(*(tensors := call.tensors(CPU)))
         torch.autograd.grad(output.sum(), [t for t in tensors if isinstance(t, torch.Tensor) and t.requires_grad])
     assert asked
